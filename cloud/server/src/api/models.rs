@@ -1,0 +1,178 @@
+//! Routes of jobs, models and rollouts.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::{Path, Query, State};
+use serde::Deserialize;
+use utoipa::IntoParams;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::blocking;
+use super::types::{
+    AbortRequest, ErrorBody, EvalRequest, JobView, ManifestView, ModelView, PromoteRequest,
+    RolloutRequest, RolloutView, TrainRequest,
+};
+use crate::cloud::Cloud;
+use crate::service::Fault;
+use crate::service::jobs::Jobs;
+
+type Shared = State<Arc<Cloud>>;
+
+/// Longest that an answer is held back for a change.
+const MAX_WAIT: Duration = Duration::from_secs(30);
+
+pub fn routes() -> OpenApiRouter<Arc<Cloud>> {
+    OpenApiRouter::new()
+        .routes(routes!(train))
+        .routes(routes!(eval))
+        .routes(routes!(job))
+        .routes(routes!(models))
+        .routes(routes!(model))
+        .routes(routes!(manifest))
+        .routes(routes!(promote))
+        .routes(routes!(start, rollouts))
+        .routes(routes!(rollout))
+        .routes(routes!(abort))
+}
+
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+struct WaitQuery {
+    /// Hold the answer back until something changes, for so many milliseconds at most.
+    wait_ms: Option<u64>,
+}
+
+impl WaitQuery {
+    fn limit(&self) -> Duration {
+        Duration::from_millis(self.wait_ms.unwrap_or(0)).min(MAX_WAIT)
+    }
+}
+
+/// Trains a candidate; answers at once with the job.
+#[utoipa::path(post, path = "/v1/train", request_body = TrainRequest, responses((status = 200, body = JobView), (status = 404, body = ErrorBody)), tag = "models")]
+async fn train(
+    State(cloud): Shared,
+    Json(request): Json<TrainRequest>,
+) -> Result<Json<JobView>, Fault> {
+    blocking(move || Jobs::train(&cloud, request)).await
+}
+
+/// Judges a model on the golden set; answers at once with the job.
+#[utoipa::path(post, path = "/v1/eval", request_body = EvalRequest, responses((status = 200, body = JobView), (status = 404, body = ErrorBody)), tag = "models")]
+async fn eval(
+    State(cloud): Shared,
+    Json(request): Json<EvalRequest>,
+) -> Result<Json<JobView>, Fault> {
+    blocking(move || Jobs::eval(&cloud, request)).await
+}
+
+/// A job.
+#[utoipa::path(get, path = "/v1/jobs/{id}", params(("id" = String, Path, description = "Its id"), WaitQuery), responses((status = 200, body = JobView), (status = 404, body = ErrorBody)), tag = "models")]
+async fn job(
+    State(cloud): Shared,
+    Path(id): Path<String>,
+    Query(query): Query<WaitQuery>,
+) -> Result<Json<JobView>, Fault> {
+    if let Some(mut ended) = cloud.jobs.changes(&id) {
+        // Steps come many a second; the end of the job closes the channel.
+        let closed = async { while ended.changed().await.is_ok() {} };
+        let _elapsed = tokio::time::timeout(query.limit(), closed).await;
+    }
+    blocking(move || cloud.jobs.view(&id)).await
+}
+
+/// Models, oldest first.
+#[utoipa::path(get, path = "/v1/models", responses((status = 200, body = Vec<ModelView>)), tag = "models")]
+async fn models(State(cloud): Shared) -> Result<Json<Vec<ModelView>>, Fault> {
+    blocking(move || {
+        cloud
+            .registry
+            .list()?
+            .iter()
+            .map(|model| cloud.registry.view(model))
+            .collect()
+    })
+    .await
+}
+
+/// One model.
+#[utoipa::path(get, path = "/v1/models/{id}", params(("id" = String, Path, description = "Its id, the beginning of it, or `champion`")), responses((status = 200, body = ModelView), (status = 404, body = ErrorBody)), tag = "models")]
+async fn model(State(cloud): Shared, Path(id): Path<String>) -> Result<Json<ModelView>, Fault> {
+    blocking(move || cloud.registry.view(&cloud.registry.find(&id)?)).await
+}
+
+/// The bytes that the release key must sign to promote a model.
+#[utoipa::path(get, path = "/v1/models/{id}/manifest", params(("id" = String, Path, description = "Its id or the beginning of it")), responses((status = 200, body = ManifestView), (status = 404, body = ErrorBody)), tag = "models")]
+async fn manifest(
+    State(cloud): Shared,
+    Path(id): Path<String>,
+) -> Result<Json<ManifestView>, Fault> {
+    blocking(move || cloud.registry.manifest(&cloud.registry.find(&id)?)).await
+}
+
+/// Makes a model the champion, with the release key's signature.
+#[utoipa::path(post, path = "/v1/models/{id}/promote", params(("id" = String, Path, description = "Its id or the beginning of it")), request_body = PromoteRequest, responses((status = 200, body = ModelView), (status = 400, body = ErrorBody), (status = 409, body = ErrorBody)), tag = "models")]
+async fn promote(
+    State(cloud): Shared,
+    Path(id): Path<String>,
+    Json(request): Json<PromoteRequest>,
+) -> Result<Json<ModelView>, Fault> {
+    blocking(move || {
+        let model = cloud.registry.promote(&id, &request)?;
+        cloud.registry.view(&model)
+    })
+    .await
+}
+
+/// Starts a rollout.
+#[utoipa::path(post, path = "/v1/rollouts", request_body = RolloutRequest, responses((status = 200, body = RolloutView), (status = 409, body = ErrorBody)), tag = "rollouts")]
+async fn start(
+    State(cloud): Shared,
+    Json(request): Json<RolloutRequest>,
+) -> Result<Json<RolloutView>, Fault> {
+    blocking(move || {
+        let view = cloud.rollouts.start(&request, &cloud.inventory()?)?;
+        cloud.advance_rollouts()?;
+        Ok(view)
+    })
+    .await
+}
+
+/// Rollouts, oldest first.
+#[utoipa::path(get, path = "/v1/rollouts", responses((status = 200, body = Vec<RolloutView>)), tag = "rollouts")]
+async fn rollouts(State(cloud): Shared) -> Result<Json<Vec<RolloutView>>, Fault> {
+    blocking(move || Ok(cloud.rollouts.list(&cloud.inventory()?))).await
+}
+
+/// One rollout.
+#[utoipa::path(get, path = "/v1/rollouts/{id}", params(("id" = String, Path, description = "Its number, or `latest`"), WaitQuery), responses((status = 200, body = RolloutView), (status = 404, body = ErrorBody)), tag = "rollouts")]
+async fn rollout(
+    State(cloud): Shared,
+    Path(id): Path<String>,
+    Query(query): Query<WaitQuery>,
+) -> Result<Json<RolloutView>, Fault> {
+    if query.wait_ms.is_some_and(|wait| wait > 0) {
+        let mut changes = cloud.rollouts.changes();
+        changes.mark_unchanged();
+        let _elapsed = tokio::time::timeout(query.limit(), changes.changed()).await;
+    }
+    blocking(move || cloud.rollouts.view(&id, &cloud.inventory()?)).await
+}
+
+/// Stops a rollout for good; devices that have confirmed keep the model.
+#[utoipa::path(post, path = "/v1/rollouts/{id}/abort", params(("id" = String, Path, description = "Its number")), request_body = AbortRequest, responses((status = 200, body = RolloutView), (status = 409, body = ErrorBody)), tag = "rollouts")]
+async fn abort(
+    State(cloud): Shared,
+    Path(id): Path<String>,
+    Json(request): Json<AbortRequest>,
+) -> Result<Json<RolloutView>, Fault> {
+    blocking(move || {
+        cloud
+            .rollouts
+            .abort(&id, &request.reason, &cloud.inventory()?)
+    })
+    .await
+}

@@ -1,0 +1,368 @@
+//! `flywheel train`, `eval`, `model` and `key`: from a dataset to a signed champion.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Subcommand};
+use flywheel_shared::trust::{Role, sign};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::format::{self, percent, short};
+use super::{Connection, EXIT_NEGATIVE, print_json, print_line};
+use crate::api::types::{
+    EvalRequest, JobView, ManifestView, ModelView, PromoteRequest, TrainRequest,
+};
+use crate::client::Client;
+use crate::keys;
+
+#[derive(Args)]
+#[command(after_help = "Example: flywheel train --dataset 3fa92c --seed 7")]
+pub struct TrainArgs {
+    /// Dataset to train on: its id or the beginning of it.
+    #[arg(long)]
+    dataset: String,
+    /// Seed of initialisation, sampling and augmentation.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Optimiser steps; chosen from the size of the dataset if absent.
+    #[arg(long)]
+    steps: Option<u32>,
+    /// Start from fresh weights instead of the champion's.
+    #[arg(long)]
+    scratch: bool,
+}
+
+#[derive(Args)]
+#[command(after_help = "Example: flywheel eval 9c41d0 --rare deer --rare children")]
+pub struct EvalArgs {
+    /// The model: its id or the beginning of it.
+    model: String,
+    /// A class whose recall counts into `rare recall`; may be given several times.
+    #[arg(long)]
+    rare: Vec<String>,
+}
+
+#[derive(Subcommand)]
+pub enum ModelCommand {
+    /// List models.
+    #[command(after_help = "Example: flywheel model ls")]
+    Ls,
+    /// Show a model with its evaluation and the gate's verdict.
+    #[command(after_help = "Example: flywheel model show 9c41d0")]
+    Show {
+        /// Its id or the beginning of it.
+        id: String,
+    },
+    /// Sign a model with the release key and make it the champion.
+    #[command(after_help = "Example: flywheel model promote 9c41d0 --keys keys/")]
+    Promote {
+        /// Its id or the beginning of it.
+        id: String,
+        /// Folder with the release key; the key stays on this machine.
+        #[arg(long, env = "FLYWHEEL_KEYS", value_name = "DIR")]
+        keys: PathBuf,
+        /// Promote although the gate did not pass, with the reason.
+        #[arg(long, value_name = "REASON")]
+        force: Option<String>,
+    },
+}
+
+#[derive(Subcommand)]
+pub enum KeyCommand {
+    /// Make root, release and rollout keys.
+    #[command(after_help = "Example: flywheel key init --dir keys/")]
+    Init {
+        /// Folder for the keys.
+        #[arg(long, value_name = "DIR")]
+        dir: PathBuf,
+    },
+    /// List the keys of a folder.
+    #[command(after_help = "Example: flywheel key ls --dir keys/")]
+    Ls {
+        /// Folder with the keys.
+        #[arg(long, value_name = "DIR")]
+        dir: PathBuf,
+    },
+}
+
+pub fn train(args: &TrainArgs, connection: &Connection) -> Result<ExitCode> {
+    let client = connection.client()?;
+    let job: JobView = client.post(
+        "/v1/train",
+        &TrainRequest {
+            dataset: args.dataset.clone(),
+            seed: Some(args.seed),
+            steps: args.steps,
+            scratch: Some(args.scratch),
+        },
+    )?;
+    let job = follow(&client, &job.id, &bar("train")?)?;
+    show_result(&client, &job, connection)
+}
+
+pub fn eval(args: &EvalArgs, connection: &Connection) -> Result<ExitCode> {
+    let client = connection.client()?;
+    let job: JobView = client.post(
+        "/v1/eval",
+        &EvalRequest {
+            model: args.model.clone(),
+            rare: Some(args.rare.clone()),
+        },
+    )?;
+    let job = follow(&client, &job.id, &bar("eval")?)?;
+    show_result(&client, &job, connection)
+}
+
+/// A progress bar for a job on the server.
+///
+/// # Errors
+/// If the template is wrong, which a test rules out.
+pub fn bar(name: &'static str) -> Result<ProgressBar> {
+    let style = ProgressStyle::with_template("{prefix:>10} {bar:36} {pos}/{len} {msg} {eta}")
+        .context("the progress bar's template")?;
+    Ok(ProgressBar::new(1).with_style(style).with_prefix(name))
+}
+
+/// Waits for a job on the server, drawing its progress.
+///
+/// # Errors
+/// If the job failed, or the server is gone for longer than the client's patience.
+pub fn follow(client: &Client, id: &str, bar: &ProgressBar) -> Result<JobView> {
+    loop {
+        // The server holds the answer back until something changes or the wait is over.
+        let job: JobView = client.get(&format!("/v1/jobs/{id}?wait_ms=500"))?;
+        bar.set_length(job.steps.max(1));
+        bar.set_position(job.step);
+        bar.set_message(job.message.clone());
+        match job.state.as_str() {
+            "done" => {
+                bar.finish_and_clear();
+                return Ok(job);
+            }
+            "failed" => {
+                bar.abandon();
+                bail!(
+                    "{} failed: {}",
+                    job.kind,
+                    job.error.unwrap_or_else(|| "no reason given".to_owned())
+                );
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Waits a little less than a job takes between two looks at something that has no event.
+pub const POLL: Duration = Duration::from_millis(150);
+
+fn show_result(client: &Client, job: &JobView, connection: &Connection) -> Result<ExitCode> {
+    let id = job
+        .model
+        .as_deref()
+        .context("the server names no model for the finished job")?;
+    let model: ModelView = client.get(&format!("/v1/models/{id}"))?;
+    show(connection, &model)?;
+    Ok(match &model.gate {
+        Some(gate) if !gate.passed => ExitCode::from(EXIT_NEGATIVE),
+        _ => ExitCode::SUCCESS,
+    })
+}
+
+pub fn run(command: ModelCommand, connection: &Connection) -> Result<ExitCode> {
+    let client = connection.client()?;
+    match command {
+        ModelCommand::Ls => {
+            let models: Vec<ModelView> = client.get("/v1/models")?;
+            if connection.json {
+                return print_json(&models).map(|()| ExitCode::SUCCESS);
+            }
+            let mut table = format::table(&[
+                "model", "release", "dataset", "accuracy", "rare", "ece", "gate", "",
+            ]);
+            for model in &models {
+                let report = model.report.as_ref();
+                table.add_row([
+                    short(&model.id).to_owned(),
+                    model
+                        .sequence
+                        .map(|sequence| sequence.to_string())
+                        .unwrap_or_default(),
+                    short(&model.dataset).to_owned(),
+                    report
+                        .map(|report| percent(report.accuracy))
+                        .unwrap_or_default(),
+                    report
+                        .and_then(|report| report.rare_recall)
+                        .map(percent)
+                        .unwrap_or_default(),
+                    report
+                        .map(|report| format!("{:.3}", report.ece))
+                        .unwrap_or_default(),
+                    match &model.gate {
+                        Some(gate) if gate.passed => "passed".to_owned(),
+                        Some(_) => "refused".to_owned(),
+                        None => String::new(),
+                    },
+                    if model.champion { "champion" } else { "" }.to_owned(),
+                ]);
+            }
+            print_line(table)?;
+        }
+        ModelCommand::Show { id } => {
+            show(connection, &client.get(&format!("/v1/models/{id}"))?)?;
+        }
+        ModelCommand::Promote { id, keys, force } => {
+            let model = promote(&client, &id, &keys, force)?;
+            show(connection, &model)?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Signs a model's manifest here and hands in the signature; the release key never travels.
+///
+/// # Errors
+/// If the key can't be read, or the server refuses (the gate did not pass, say).
+pub fn promote(
+    client: &Client,
+    id: &str,
+    keys: &std::path::Path,
+    force: Option<String>,
+) -> Result<ModelView> {
+    let key = keys::read(&keys.join(keys::RELEASE_KEY))?;
+    let manifest: ManifestView = client.get(&format!("/v1/models/{id}/manifest"))?;
+    let body = hex::decode(&manifest.manifest_hex).context("the server's manifest is not hex")?;
+    let signature = sign(Role::Release, &key, &body);
+    Ok(client.post(
+        &format!("/v1/models/{id}/promote"),
+        &PromoteRequest {
+            manifest_hex: manifest.manifest_hex,
+            signature_hex: hex::encode(signature),
+            force,
+        },
+    )?)
+}
+
+fn show(connection: &Connection, model: &ModelView) -> Result<()> {
+    if connection.json {
+        return print_json(model);
+    }
+    print_line(format!(
+        "model {}{}{}",
+        short(&model.id),
+        model
+            .sequence
+            .map(|sequence| format!(", release {sequence}"))
+            .unwrap_or_default(),
+        if model.champion { ", champion" } else { "" }
+    ))?;
+    print_line(format!(
+        "from dataset {}, seed {}, {} steps, starting at {}",
+        short(&model.dataset),
+        model.seed,
+        model.steps,
+        model
+            .parent
+            .as_deref()
+            .map_or("fresh weights".to_owned(), |parent| format!(
+                "model {}",
+                short(parent)
+            ))
+    ))?;
+    if let Some(report) = &model.report {
+        print_line(format!(
+            "{} items: accuracy {}, balanced {}, rare {}, calibration error {:.3}, {:.0} µs an inference",
+            report.items,
+            percent(report.accuracy),
+            percent(report.balanced_accuracy),
+            report.rare_recall.map_or("–".to_owned(), percent),
+            report.ece,
+            report.latency_us
+        ))?;
+        let mut table = format::table(&["class", "recall"]);
+        for (class, recall) in &report.recall {
+            table.add_row([class.clone(), percent(*recall)]);
+        }
+        print_line(table)?;
+    }
+    if let Some(gate) = &model.gate {
+        print_line(format!(
+            "gate: {} (against {})",
+            if gate.passed { "passed" } else { "refused" },
+            gate.champion.as_deref().map_or("no champion", short)
+        ))?;
+        for reason in &gate.reasons {
+            print_line(format!("  {reason}"))?;
+        }
+    }
+    Ok(())
+}
+
+pub fn key(command: &KeyCommand, json: bool) -> Result<ExitCode> {
+    match command {
+        KeyCommand::Init { dir } => {
+            let trust = keys::init(dir)?;
+            if json {
+                print_json(&serde_json::json!({
+                    "dir": dir,
+                    "version": trust.version,
+                    "root": hex::encode(trust.root),
+                    "release": hex::encode(trust.release),
+                    "rollout": hex::encode(trust.rollout),
+                }))?;
+            } else {
+                print_line(format!(
+                    "Keys are in {}. Keep root.key and release.key off the server; only rollout.key and trust.bin belong there.",
+                    dir.display()
+                ))?;
+            }
+        }
+        KeyCommand::Ls { dir } => {
+            let (trust, _) = keys::read_trust(dir)?;
+            let present = keys::list(dir);
+            let public = |role: &str| match role {
+                "root" => hex::encode(trust.root),
+                "release" => hex::encode(trust.release),
+                _ => hex::encode(trust.rollout),
+            };
+            if json {
+                let rows: Vec<_> = ["root", "release", "rollout"]
+                    .iter()
+                    .map(|role| {
+                        serde_json::json!({
+                            "role": role,
+                            "public": public(role),
+                            "secret_here": present.iter().any(|(name, _)| name == role),
+                        })
+                    })
+                    .collect();
+                return print_json(&rows).map(|()| ExitCode::SUCCESS);
+            }
+            let mut table = format::table(&["role", "public key", "secret here"]);
+            for role in ["root", "release", "rollout"] {
+                table.add_row([
+                    role.to_owned(),
+                    public(role),
+                    if present.iter().any(|(name, _)| *name == role) {
+                        "yes"
+                    } else {
+                        "no"
+                    }
+                    .to_owned(),
+                ]);
+            }
+            print_line(table)?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_bar_has_a_template() {
+        assert!(super::bar("train").is_ok());
+    }
+}

@@ -1,0 +1,7 @@
+//! The `flywheel` program.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    flywheel::cli::main()
+}

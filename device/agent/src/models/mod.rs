@@ -1,0 +1,279 @@
+//! The models of a device: packages on disk, the slot that decides about them, and the loading of
+//! what is to run.
+//!
+//! The slot itself is [`device_core::slot`]; [`Models`] performs those of its actions that concern
+//! storage and hands the rest to its caller: [`crate::link`] fetches and proves, and
+//! [`crate::pipeline`] runs and swaps.
+
+mod package;
+mod runner;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use device_core::slot::{Action, Event, Held, Report, Slot, SlotError, SlotRecord};
+use device_engine::EngineKind;
+use flywheel_shared::ids::{DeviceId, Digest};
+use flywheel_shared::message::{OfferMessage, SlotState};
+use flywheel_shared::trust::{Judge, TrialBounds, TrustRoot};
+use thiserror::Error;
+
+pub use package::{Fetching, Package, PackageError, Packages};
+pub use runner::{Runner, RunnerError};
+
+use crate::state::{State, StateError};
+
+/// Why the models cannot be opened.
+#[derive(Debug, Error)]
+pub enum ModelsError {
+    /// The packages' folder.
+    #[error(transparent)]
+    Package(#[from] PackageError),
+    /// The slot record.
+    #[error(transparent)]
+    State(#[from] StateError),
+}
+
+/// Why a package does not run.
+#[derive(Debug, Error)]
+pub enum LoadError {
+    /// Its bytes are not there or not those that were signed.
+    #[error(transparent)]
+    Package(#[from] PackageError),
+    /// The engine or the golden inputs refuse it.
+    #[error(transparent)]
+    Runner(#[from] RunnerError),
+}
+
+impl LoadError {
+    /// What the slot is told.
+    pub fn slot_error(&self) -> SlotError {
+        match self {
+            Self::Runner(RunnerError::Golden { .. }) => SlotError::Golden,
+            Self::Package(PackageError::Io { .. }) => SlotError::Storage,
+            Self::Package(PackageError::Trust { .. }) | Self::Runner(_) => SlotError::Load,
+        }
+    }
+}
+
+/// Loads packages; cheap to clone, so that loading needs no lock.
+#[derive(Clone)]
+pub struct Loader {
+    packages: Packages,
+    trust: TrustRoot,
+    engine: EngineKind,
+}
+
+impl Loader {
+    /// Reads a package, checks every byte of it, and loads it with the engine.
+    pub fn load(&self, digest: &Digest) -> Result<(Runner, Package), LoadError> {
+        let package = self.packages.read(&self.trust, digest)?;
+        let runner = Runner::load(self.engine, &package)?;
+        Ok((runner, package))
+    }
+
+    /// As [`Loader::load`], and runs the golden inputs.
+    pub fn prove(&self, digest: &Digest) -> Result<Runner, LoadError> {
+        let (mut runner, package) = self.load(digest)?;
+        runner.prove(&package)?;
+        Ok(runner)
+    }
+
+    /// Goes on with the fetching of an admitted package.
+    pub fn fetch(&self, digest: &Digest) -> Result<Fetching, PackageError> {
+        self.packages.fetch(&self.trust, digest)
+    }
+}
+
+/// What identifies a device to those who offer it models.
+#[derive(Clone, Debug)]
+pub struct Device {
+    /// Its name.
+    pub id: DeviceId,
+    /// Its hardware class.
+    pub hardware: String,
+    /// The keys it believes.
+    pub trust: TrustRoot,
+}
+
+/// The slot with its storage.
+pub struct Models {
+    slot: Slot,
+    state: Arc<State>,
+    device: Device,
+    loader: Loader,
+    /// No model at or below this sequence is taken, besides what the slot says.
+    floor: u64,
+}
+
+impl Models {
+    /// Opens the models of a data folder and loads the live one. If that fails, the device goes
+    /// on without a model, and the cloud may offer the same one again; older ones stay refused.
+    /// The slot still awaits [`Event::Boot`].
+    pub fn open(
+        data: &Path,
+        state: Arc<State>,
+        device: Device,
+        engine: EngineKind,
+    ) -> Result<(Self, Option<Runner>), ModelsError> {
+        let packages = Packages::open(&data.join("models"))?;
+        let loader = Loader {
+            packages,
+            trust: device.trust.clone(),
+            engine,
+        };
+        let mut record = state.slot()?;
+        let mut runner = None;
+        if let Some(live) = record.live {
+            match loader.load(&live.digest) {
+                Ok((loaded, _)) => runner = Some(loaded),
+                Err(error) => {
+                    tracing::error!(%error, model = %live.digest, "the live model does not load; running without a model until one is offered");
+                    state.raise_floor(live.sequence.saturating_sub(1))?;
+                    record.live = None;
+                    state.save_slot(&record)?;
+                    if matches!(error, LoadError::Package(_)) {
+                        loader.packages.remove(&live.digest)?;
+                    }
+                }
+            }
+        }
+        let floor = state.floor()?;
+        let models = Self {
+            slot: Slot::new(record),
+            state,
+            device,
+            loader,
+            floor,
+        };
+        Ok((models, runner))
+    }
+
+    /// What loads this device's packages.
+    pub fn loader(&self) -> Loader {
+        self.loader.clone()
+    }
+
+    /// The record, as last persisted.
+    pub fn record(&self) -> &SlotRecord {
+        self.slot.record()
+    }
+
+    /// Sequence that an offer must exceed.
+    pub fn floor(&self) -> u64 {
+        self.slot.record().floor().max(self.floor)
+    }
+
+    /// What the cloud has not confirmed to know.
+    pub fn report(&self) -> Option<Report> {
+        self.slot.report()
+    }
+
+    /// Whether a model is on trial or about to be.
+    pub fn trial_pending(&self) -> bool {
+        self.slot
+            .record()
+            .candidate
+            .is_some_and(|c| matches!(c.state, SlotState::Staged | SlotState::Trial))
+    }
+
+    /// Takes an event, persists what must be, and returns the actions left for the caller, in
+    /// order. [`Action::Discard`] is among them, since the caller may run the candidate; its
+    /// packages are gone already.
+    ///
+    /// # Errors
+    /// The record could not be stored. Then the event has not happened; try it again later.
+    pub fn step(&mut self, event: Event) -> Result<Vec<Action>, StateError> {
+        let before = self.slot.clone();
+        let mut left = Vec::new();
+        for action in self.slot.step(event) {
+            match action {
+                Action::Persist(record) => {
+                    if let Err(error) = self.state.save_slot(&record) {
+                        self.slot = before;
+                        return Err(error);
+                    }
+                }
+                Action::Discard => {
+                    self.tidy();
+                    left.push(action);
+                }
+                other => left.push(other),
+            }
+        }
+        Ok(left)
+    }
+
+    /// Judges an offer and takes it to the slot.
+    ///
+    /// # Errors
+    /// As [`Models::step`].
+    pub fn offer(
+        &mut self,
+        message: &OfferMessage<'_>,
+        now_ms: u64,
+    ) -> Result<Vec<Action>, StateError> {
+        let digest = Digest::of(message.manifest.body);
+        let record = self.slot.record();
+        let known = record
+            .live
+            .into_iter()
+            .chain(record.candidate.map(|candidate| candidate.model))
+            .find(|model| model.digest == digest);
+        if let Some(model) = known {
+            // It was judged when it came first, and nothing follows from this but a report.
+            let bounds = TrialBounds {
+                frames: 0,
+                max_latency_us: 0,
+                min_confidence: 0.0,
+            };
+            return self.step(Event::Offer { model, bounds });
+        }
+        let judge = Judge {
+            trust: &self.device.trust,
+            device: &self.device.id,
+            hardware: &self.device.hardware,
+            floor: self.floor(),
+            now_ms,
+        };
+        let refused = |sequence, code| Event::Refused {
+            model: Held { digest, sequence },
+            code,
+        };
+        let event = match judge.offer(message.offer, message.manifest) {
+            Err(error) => {
+                tracing::warn!(%error, model = %digest, "an offered model is refused");
+                refused(0, error.code())
+            }
+            Ok(manifest) => match self.loader.packages.admit(message.manifest) {
+                Ok(_) => Event::Offer {
+                    model: Held {
+                        digest,
+                        sequence: manifest.sequence,
+                    },
+                    bounds: manifest.trial,
+                },
+                Err(error) => {
+                    tracing::error!(%error, model = %digest, "an offered model cannot be stored");
+                    refused(manifest.sequence, SlotError::Storage.code())
+                }
+            },
+        };
+        self.step(event)
+    }
+
+    /// Deletes every package that the record does not name.
+    fn tidy(&self) {
+        let record = self.slot.record();
+        let wanted: Vec<Digest> = record
+            .live
+            .into_iter()
+            .chain(record.candidate.map(|candidate| candidate.model))
+            .map(|model| model.digest)
+            .collect();
+        if let Err(error) = self.loader.packages.keep_only(&wanted) {
+            // Only space is lost, and the next call tries again.
+            tracing::warn!(%error, "old model packages stay");
+        }
+    }
+}

@@ -1,0 +1,576 @@
+//! A model package on disk: `models/{digest of the manifest}/` with the signed manifest and one
+//! file for each part. What is loaded are the very bytes that were checked.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use flywheel_shared::MAX_CHUNK;
+use flywheel_shared::ids::Digest;
+use flywheel_shared::message::{Chunk, Fetch};
+use flywheel_shared::trust::{
+    Manifest, Part, PartKind, Role, Signed, TrialBounds, TrustError, TrustRoot, check_part, verify,
+};
+use thiserror::Error;
+
+use crate::{files, wire};
+
+/// Chunks that are asked for at a time.
+const OUTSTANDING: u64 = 4;
+
+/// Why a package is not usable.
+#[derive(Debug, Error)]
+pub enum PackageError {
+    /// A file operation failed.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The bytes are not what was signed.
+    #[error("{path}: {source}; the package will be fetched again when the cloud offers it")]
+    Trust {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: TrustError,
+    },
+}
+
+impl PackageError {
+    /// The number that is reported, if the bytes are at fault.
+    pub fn trust(&self) -> Option<TrustError> {
+        match self {
+            Self::Trust { source, .. } => Some(*source),
+            Self::Io { .. } => None,
+        }
+    }
+}
+
+/// A package whose every byte was checked against its signature.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Package {
+    /// Digest of the manifest, which names the model.
+    pub digest: Digest,
+    /// The manifest's sequence.
+    pub sequence: u64,
+    /// How the model is proved.
+    pub trial: TrialBounds,
+    parts: BTreeMap<PartKind, Vec<u8>>,
+}
+
+impl Package {
+    /// The bytes of a part; empty if the package has none of the kind.
+    pub fn part(&self, kind: PartKind) -> &[u8] {
+        self.parts.get(&kind).map_or(&[], Vec::as_slice)
+    }
+}
+
+/// The packages of a device.
+#[derive(Clone, Debug)]
+pub struct Packages {
+    root: PathBuf,
+}
+
+impl Packages {
+    /// Opens the folder of all packages, making it if it is not there.
+    pub fn open(root: &Path) -> Result<Self, PackageError> {
+        fs::create_dir_all(root)
+            .and_then(|()| files::make_private(root))
+            .map_err(at(root))?;
+        Ok(Self {
+            root: root.to_owned(),
+        })
+    }
+
+    fn folder(&self, manifest: &Digest) -> PathBuf {
+        self.root.join(manifest.to_string())
+    }
+
+    /// Makes room for a model whose offer was judged: its signed manifest is stored.
+    pub fn admit(&self, manifest: Signed<'_>) -> Result<Digest, PackageError> {
+        let digest = Digest::of(manifest.body);
+        let folder = self.folder(&digest);
+        let path = folder.join("manifest.bin");
+        fs::create_dir_all(&folder)
+            .and_then(|()| files::replace(&path, &wire::bytes(&manifest)))
+            .map_err(at(&path))?;
+        Ok(digest)
+    }
+
+    /// Continues to fetch an admitted package from where it stopped.
+    pub fn fetch(&self, trust: &TrustRoot, manifest: &Digest) -> Result<Fetching, PackageError> {
+        let folder = self.folder(manifest);
+        let path = folder.join("manifest.bin");
+        let bytes = fs::read(&path).map_err(at(&path))?;
+        let manifest = checked(trust, manifest, &bytes).map_err(untrusted(&path))?;
+        let missing = manifest
+            .parts
+            .iter()
+            .filter(|part| !folder.join(file_name(part.kind)).exists())
+            .copied()
+            .rev()
+            .collect();
+        Fetching::start(folder, missing)
+    }
+
+    /// Reads a complete package and checks the signature and every digest.
+    pub fn read(&self, trust: &TrustRoot, digest: &Digest) -> Result<Package, PackageError> {
+        let folder = self.folder(digest);
+        let path = folder.join("manifest.bin");
+        let bytes = fs::read(&path).map_err(at(&path))?;
+        let manifest = checked(trust, digest, &bytes).map_err(untrusted(&path))?;
+        let mut parts = BTreeMap::new();
+        for part in &manifest.parts {
+            let path = folder.join(file_name(part.kind));
+            let bytes = fs::read(&path).map_err(at(&path))?;
+            check_part(part, &bytes).map_err(untrusted(&path))?;
+            parts.insert(part.kind, bytes);
+        }
+        Ok(Package {
+            digest: *digest,
+            sequence: manifest.sequence,
+            trial: manifest.trial,
+            parts,
+        })
+    }
+
+    /// Deletes a package.
+    pub fn remove(&self, manifest: &Digest) -> Result<(), PackageError> {
+        let folder = self.folder(manifest);
+        match fs::remove_dir_all(&folder) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(at(&folder)(source)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Deletes every package but those.
+    pub fn keep_only(&self, wanted: &[Digest]) -> Result<(), PackageError> {
+        let names: Vec<String> = wanted.iter().map(Digest::to_string).collect();
+        for entry in fs::read_dir(&self.root).map_err(at(&self.root))? {
+            let entry = entry.map_err(at(&self.root))?;
+            let kept = entry
+                .file_name()
+                .to_str()
+                .is_some_and(|name| names.iter().any(|wanted| wanted == name));
+            if !kept {
+                let path = entry.path();
+                fs::remove_dir_all(&path).map_err(at(&path))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A package on its way.
+#[derive(Debug)]
+pub struct Fetching {
+    folder: PathBuf,
+    /// Parts that are not complete, the next one last.
+    missing: Vec<Part>,
+    /// Bytes of the current part on disk.
+    have: u64,
+    /// Bytes of the current part that were asked for.
+    asked: u64,
+    /// Whether the current part was fetched from the start because its digest was wrong.
+    again: bool,
+}
+
+impl Fetching {
+    fn start(folder: PathBuf, missing: Vec<Part>) -> Result<Self, PackageError> {
+        let mut fetching = Self {
+            folder,
+            missing,
+            have: 0,
+            asked: 0,
+            again: false,
+        };
+        fetching.resume()?;
+        Ok(fetching)
+    }
+
+    /// Whether every part is there and checked.
+    pub fn is_complete(&self) -> bool {
+        self.missing.is_empty()
+    }
+
+    /// Forgets what was asked for: the connection broke, or answers are missing.
+    pub fn ask_again(&mut self) {
+        self.asked = self.have;
+    }
+
+    /// The chunks to ask for now.
+    pub fn requests(&mut self) -> Vec<Fetch> {
+        let mut requests = Vec::new();
+        if let Some(part) = self.missing.last() {
+            let chunk = MAX_CHUNK as u64;
+            let len = u64::from(part.len);
+            while self.asked < len && self.asked < self.have + OUTSTANDING * chunk {
+                let piece = chunk.min(len - self.asked);
+                requests.push(Fetch {
+                    digest: part.digest,
+                    offset: self.asked,
+                    len: piece as u32,
+                });
+                self.asked += piece;
+            }
+        }
+        requests
+    }
+
+    /// Takes a chunk. One that is not the next is ignored. Returns whether it was taken.
+    ///
+    /// # Errors
+    /// If the disk fails, or if a complete part twice has the wrong digest.
+    pub fn chunk(&mut self, chunk: &Chunk<'_>) -> Result<bool, PackageError> {
+        let Some(part) = self.missing.last().copied() else {
+            return Ok(false);
+        };
+        let end = self.have + chunk.bytes.len() as u64;
+        let next = chunk.digest == part.digest
+            && chunk.offset == self.have
+            && !chunk.bytes.is_empty()
+            && end <= u64::from(part.len);
+        if !next {
+            return Ok(false);
+        }
+        let path = self.partial(&part);
+        let file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+            .map_err(at(&path))?;
+        file.write_all_at(chunk.bytes, self.have)
+            .map_err(at(&path))?;
+        self.have = end;
+        self.asked = self.asked.max(end);
+        if self.have == u64::from(part.len) {
+            self.finish(&part)?;
+        }
+        Ok(true)
+    }
+
+    fn partial(&self, part: &Part) -> PathBuf {
+        self.folder
+            .join(format!("{}.partial", file_name(part.kind)))
+    }
+
+    /// Sets the position in the current part by what is on disk, and finishes parts whose bytes
+    /// are all there.
+    fn resume(&mut self) -> Result<(), PackageError> {
+        while let Some(part) = self.missing.last().copied() {
+            let path = self.partial(&part);
+            self.have = fs::metadata(&path).map_or(0, |meta| meta.len());
+            if self.have > u64::from(part.len) {
+                fs::remove_file(&path).map_err(at(&path))?;
+                self.have = 0;
+            }
+            self.asked = self.have;
+            if self.have < u64::from(part.len) {
+                return Ok(());
+            }
+            if self.have == 0 {
+                File::create(&path).map_err(at(&path))?;
+            }
+            let left = self.missing.len();
+            self.finish(&part)?;
+            if self.missing.len() == left {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks a part whose bytes are all there. A wrong digest starts it over once, since a
+    /// power cut may have left rubbish in the file.
+    fn finish(&mut self, part: &Part) -> Result<(), PackageError> {
+        let path = self.partial(part);
+        let bytes = fs::read(&path).map_err(at(&path))?;
+        if let Err(error) = check_part(part, &bytes) {
+            fs::remove_file(&path).map_err(at(&path))?;
+            self.have = 0;
+            self.asked = 0;
+            if self.again {
+                return Err(untrusted(&path)(error));
+            }
+            self.again = true;
+            return Ok(());
+        }
+        let whole = self.folder.join(file_name(part.kind));
+        File::open(&path)
+            .and_then(|file| file.sync_all())
+            .and_then(|()| fs::rename(&path, &whole))
+            .and_then(|()| File::open(&self.folder)?.sync_all())
+            .map_err(at(&whole))?;
+        self.missing.pop();
+        self.again = false;
+        self.have = 0;
+        self.asked = 0;
+        self.resume()
+    }
+}
+
+/// The manifest in the stored bytes, if the release key signed it and it has this digest.
+fn checked<'m>(
+    trust: &TrustRoot,
+    digest: &Digest,
+    bytes: &'m [u8],
+) -> Result<Manifest<'m>, TrustError> {
+    let signed: Signed<'m> = postcard::from_bytes(bytes).map_err(|_| TrustError::Malformed)?;
+    let manifest = verify::<Manifest<'m>>(Role::Release, &trust.release, signed)?;
+    if manifest.digest() == *digest {
+        Ok(Manifest::clone(&manifest))
+    } else {
+        Err(TrustError::WrongManifest)
+    }
+}
+
+fn file_name(kind: PartKind) -> &'static str {
+    match kind {
+        PartKind::Onnx => "model.onnx",
+        PartKind::BurnRecord => "model.bpk",
+        PartKind::Spec => "spec.bin",
+        PartKind::Scores => "scores.bin",
+        PartKind::Golden => "golden.bin",
+    }
+}
+
+fn at(path: &Path) -> impl Fn(io::Error) -> PackageError {
+    move |source| PackageError::Io {
+        path: path.to_owned(),
+        source,
+    }
+}
+
+fn untrusted(path: &Path) -> impl Fn(TrustError) -> PackageError {
+    move |source| PackageError::Trust {
+        path: path.to_owned(),
+        source,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ed25519_dalek::SigningKey;
+    use flywheel_shared::trust::{ANY_HARDWARE, RUNTIME_ABI, sign};
+
+    use super::*;
+
+    struct Cloud {
+        trust: TrustRoot,
+        manifest: Vec<u8>,
+        signature: [u8; 64],
+        parts: Vec<(PartKind, Vec<u8>)>,
+    }
+
+    fn cloud() -> Cloud {
+        let key = SigningKey::from_bytes(&[5; 32]);
+        let parts = vec![
+            (
+                PartKind::Onnx,
+                (0..300_000u32).map(|i| (i * 7 % 251) as u8).collect(),
+            ),
+            (PartKind::Spec, b"spec".to_vec()),
+            (PartKind::Scores, Vec::new()),
+            (PartKind::Golden, vec![9; 70_000]),
+        ];
+        let manifest = wire::bytes(&Manifest {
+            name: "test",
+            sequence: 3,
+            hardware: ANY_HARDWARE,
+            abi: RUNTIME_ABI,
+            created_ms: 0,
+            expires_ms: u64::MAX,
+            trial: TrialBounds {
+                frames: 1,
+                max_latency_us: 0,
+                min_confidence: 0.0,
+            },
+            parts: parts
+                .iter()
+                .map(|(kind, bytes): &(PartKind, Vec<u8>)| Part {
+                    kind: *kind,
+                    len: bytes.len() as u32,
+                    digest: Digest::of(bytes),
+                })
+                .collect(),
+        });
+        Cloud {
+            trust: TrustRoot {
+                version: 1,
+                root: [1; 32],
+                release: key.verifying_key().to_bytes(),
+                rollout: [2; 32],
+            },
+            signature: sign(Role::Release, &key, &manifest),
+            manifest,
+            parts,
+        }
+    }
+
+    impl Cloud {
+        fn signed(&self) -> Signed<'_> {
+            Signed {
+                body: &self.manifest,
+                signature: &self.signature,
+            }
+        }
+
+        fn answer(&self, fetch: &Fetch) -> Vec<u8> {
+            let part = self
+                .parts
+                .iter()
+                .find(|(_, bytes)| Digest::of(bytes) == fetch.digest)
+                .unwrap();
+            let start = fetch.offset as usize;
+            part.1[start..start + fetch.len as usize].to_vec()
+        }
+    }
+
+    fn give(fetching: &mut Fetching, fetch: &Fetch, bytes: &[u8]) -> Result<bool, PackageError> {
+        fetching.chunk(&Chunk {
+            digest: fetch.digest,
+            offset: fetch.offset,
+            bytes,
+        })
+    }
+
+    /// Answers requests until the package is complete; returns the bytes that were transferred.
+    fn complete(cloud: &Cloud, fetching: &mut Fetching) -> usize {
+        let mut moved = 0;
+        while !fetching.is_complete() {
+            let requests = fetching.requests();
+            assert!(!requests.is_empty() && requests.len() <= 4);
+            for fetch in requests {
+                let bytes = cloud.answer(&fetch);
+                moved += bytes.len();
+                assert!(give(fetching, &fetch, &bytes).unwrap());
+            }
+        }
+        moved
+    }
+
+    #[test]
+    fn a_fetch_resumes_where_it_was_cut() {
+        let cloud = cloud();
+        let folder = tempfile::tempdir().unwrap();
+        let packages = Packages::open(folder.path()).unwrap();
+        let digest = packages.admit(cloud.signed()).unwrap();
+        let mut fetching = packages.fetch(&cloud.trust, &digest).unwrap();
+        let first = fetching.requests();
+        assert_eq!(first.len(), 4);
+        for fetch in &first[..2] {
+            assert!(give(&mut fetching, fetch, &cloud.answer(fetch)).unwrap());
+        }
+        // Answers that are repeated, out of order or of another part are not taken.
+        assert!(!give(&mut fetching, &first[0], &cloud.answer(&first[0])).unwrap());
+        assert!(!give(&mut fetching, &first[3], &cloud.answer(&first[3])).unwrap());
+        drop(fetching);
+
+        let mut fetching = packages.fetch(&cloud.trust, &digest).unwrap();
+        let moved = complete(&cloud, &mut fetching);
+        let whole: usize = cloud.parts.iter().map(|(_, bytes)| bytes.len()).sum();
+        assert_eq!(moved, whole - 2 * MAX_CHUNK);
+        let package = packages.read(&cloud.trust, &digest).unwrap();
+        for (kind, bytes) in &cloud.parts {
+            assert_eq!(package.part(*kind), bytes.as_slice());
+        }
+        assert!(packages.fetch(&cloud.trust, &digest).unwrap().is_complete());
+    }
+
+    #[test]
+    fn lost_answers_are_asked_for_again() {
+        let cloud = cloud();
+        let folder = tempfile::tempdir().unwrap();
+        let packages = Packages::open(folder.path()).unwrap();
+        let digest = packages.admit(cloud.signed()).unwrap();
+        let mut fetching = packages.fetch(&cloud.trust, &digest).unwrap();
+        let first = fetching.requests();
+        assert!(fetching.requests().is_empty());
+        fetching.ask_again();
+        assert_eq!(fetching.requests(), first);
+        fetching.ask_again();
+        complete(&cloud, &mut fetching);
+    }
+
+    #[test]
+    fn rubbish_in_a_partial_file_is_noticed_and_fetched_again() {
+        let cloud = cloud();
+        let folder = tempfile::tempdir().unwrap();
+        let packages = Packages::open(folder.path()).unwrap();
+        let digest = packages.admit(cloud.signed()).unwrap();
+        let partial = folder
+            .path()
+            .join(digest.to_string())
+            .join("model.onnx.partial");
+        fs::write(&partial, vec![0; 100_000]).unwrap();
+        let mut fetching = packages.fetch(&cloud.trust, &digest).unwrap();
+        complete(&cloud, &mut fetching);
+        assert!(packages.read(&cloud.trust, &digest).is_ok());
+    }
+
+    #[test]
+    fn a_server_that_sends_other_bytes_is_given_up() {
+        let cloud = cloud();
+        let folder = tempfile::tempdir().unwrap();
+        let packages = Packages::open(folder.path()).unwrap();
+        let digest = packages.admit(cloud.signed()).unwrap();
+        let mut fetching = packages.fetch(&cloud.trust, &digest).unwrap();
+        let error = loop {
+            let fetch = fetching.requests()[0];
+            match give(&mut fetching, &fetch, &vec![1; fetch.len as usize]) {
+                Ok(_) => fetching.ask_again(),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(error.trust(), Some(TrustError::WrongDigest));
+    }
+
+    #[test]
+    fn one_flipped_byte_anywhere_is_refused_when_read() {
+        let cloud = cloud();
+        let folder = tempfile::tempdir().unwrap();
+        let packages = Packages::open(folder.path()).unwrap();
+        let digest = packages.admit(cloud.signed()).unwrap();
+        complete(&cloud, &mut packages.fetch(&cloud.trust, &digest).unwrap());
+        let home = folder.path().join(digest.to_string());
+        for name in ["manifest.bin", "model.onnx", "spec.bin", "golden.bin"] {
+            let path = home.join(name);
+            let good = fs::read(&path).unwrap();
+            for at in [0, good.len() / 2, good.len() - 1] {
+                let mut bad = good.clone();
+                bad[at] ^= 0x40;
+                fs::write(&path, &bad).unwrap();
+                let error = packages.read(&cloud.trust, &digest).unwrap_err();
+                assert!(error.trust().is_some(), "{name} at {at}: {error}");
+                assert!(error.to_string().contains(name), "{error}");
+            }
+            fs::write(&path, &good[..good.len() - 1]).unwrap();
+            assert!(packages.read(&cloud.trust, &digest).is_err());
+            fs::write(&path, &good).unwrap();
+        }
+        assert!(packages.read(&cloud.trust, &digest).is_ok());
+        // Signed by somebody else.
+        let mut stranger = cloud.trust.clone();
+        stranger.release = SigningKey::from_bytes(&[6; 32]).verifying_key().to_bytes();
+        assert!(packages.read(&stranger, &digest).is_err());
+    }
+
+    #[test]
+    fn only_wanted_packages_are_kept() {
+        let cloud = cloud();
+        let folder = tempfile::tempdir().unwrap();
+        let packages = Packages::open(folder.path()).unwrap();
+        let digest = packages.admit(cloud.signed()).unwrap();
+        packages.keep_only(&[digest]).unwrap();
+        assert!(packages.fetch(&cloud.trust, &digest).is_ok());
+        packages.keep_only(&[]).unwrap();
+        assert!(packages.fetch(&cloud.trust, &digest).is_err());
+        assert!(packages.remove(&digest).is_ok());
+    }
+}

@@ -1,0 +1,340 @@
+//! What the agent remembers in sled: the boot epoch, how far the source was read, counters, the
+//! slot record and the accounts of the spool.
+//!
+//! sled keeps writes in the memory of the process until it is flushed, so `kill -9` loses what was
+//! not. Whatever later decisions rely on is therefore flushed by the function that writes it.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{self, Read, Seek, Write};
+use std::path::{Path, PathBuf};
+
+use device_core::slot::SlotRecord;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::spool::{Account, Ledger, LedgerError};
+use crate::wire;
+
+/// Why the state cannot be used.
+#[derive(Debug, Error)]
+pub enum StateError {
+    /// Another agent has the folder open.
+    #[error(
+        "{folder}: another agent (process {pid}) uses this data folder; stop it, or give this one a folder of its own"
+    )]
+    Locked {
+        /// The data folder.
+        folder: PathBuf,
+        /// What the lock file says about its owner.
+        pid: String,
+    },
+    /// A file operation failed.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// sled failed.
+    #[error("{path}: the state database failed: {source}")]
+    Database {
+        /// Its folder.
+        path: PathBuf,
+        /// Why.
+        source: sled::Error,
+    },
+    /// A stored value does not decode.
+    #[error("{path}: the stored {key} does not decode; it was written by another version of the agent")]
+    Malformed {
+        /// The database's folder.
+        path: PathBuf,
+        /// Its key.
+        key: &'static str,
+    },
+}
+
+/// How far the source was read, and what it took. Saved together, so that after a crash frames
+/// that are read again are not counted twice.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Index of the next frame.
+    pub frame: u64,
+    /// Bytes that uploading every frame would have cost.
+    pub bytes_seen: u64,
+    /// Frames that could not be read.
+    pub skipped: u64,
+}
+
+const EPOCH: &str = "boot epoch";
+const PROGRESS: &str = "progress";
+const BYTES_UP: &str = "bytes up";
+const SLOT: &str = "slot record";
+const FLOOR: &str = "model floor";
+const SOURCE: &str = "source";
+const ACCOUNTS: &str = "spool accounts";
+
+/// The agent's database and the lock on its data folder.
+#[derive(Debug)]
+pub struct State {
+    db: sled::Db,
+    path: PathBuf,
+    _lock: File,
+}
+
+impl State {
+    /// Locks the data folder and opens `state` in it.
+    pub fn open(data: &Path) -> Result<Self, StateError> {
+        let lock = lock(data)?;
+        let path = data.join("state");
+        let db = sled::Config::new()
+            .path(&path)
+            .cache_capacity(4 << 20)
+            .mode(sled::Mode::LowSpace)
+            .open()
+            .map_err(|source| StateError::Database {
+                path: path.clone(),
+                source,
+            })?;
+        Ok(Self {
+            db,
+            path,
+            _lock: lock,
+        })
+    }
+
+    /// Takes the next boot epoch, above `floor` in any case. It is durable on return.
+    pub fn next_epoch(&self, floor: u32) -> Result<u32, StateError> {
+        let last: u32 = self.get(EPOCH)?.unwrap_or(0);
+        let epoch = last.max(floor) + 1;
+        self.put(EPOCH, &epoch)?;
+        self.flush()?;
+        Ok(epoch)
+    }
+
+    /// How far the source with this URI was read; from the start for another one.
+    pub fn progress(&self, source: &str) -> Result<Progress, StateError> {
+        let progress: Progress = self.get(PROGRESS)?.unwrap_or_default();
+        let last: Option<String> = self.get(SOURCE)?;
+        if last.as_deref() == Some(source) {
+            return Ok(progress);
+        }
+        Ok(Progress {
+            frame: 0,
+            ..progress
+        })
+    }
+
+    /// Saves progress and the bytes sent so far; durable on return.
+    pub fn save_progress(
+        &self,
+        source: &str,
+        progress: &Progress,
+        bytes_up: u64,
+    ) -> Result<(), StateError> {
+        self.put(SOURCE, &source)?;
+        self.put(PROGRESS, progress)?;
+        self.put(BYTES_UP, &bytes_up)?;
+        self.flush()
+    }
+
+    /// Bytes of all messages sent, as of the last save.
+    pub fn bytes_up(&self) -> Result<u64, StateError> {
+        Ok(self.get(BYTES_UP)?.unwrap_or(0))
+    }
+
+    /// The stored slot record; the default one if there is none.
+    pub fn slot(&self) -> Result<SlotRecord, StateError> {
+        let Some(bytes) = self.db.get(SLOT).map_err(|source| self.database(source))? else {
+            return Ok(SlotRecord::default());
+        };
+        SlotRecord::from_bytes(&bytes).map_err(|_| StateError::Malformed {
+            path: self.path.clone(),
+            key: SLOT,
+        })
+    }
+
+    /// Stores the slot record; durable on return.
+    pub fn save_slot(&self, record: &SlotRecord) -> Result<(), StateError> {
+        self.db
+            .insert(SLOT, record.to_bytes().as_slice())
+            .map_err(|source| self.database(source))?;
+        self.flush()
+    }
+
+    /// Sequence below or at which no model is taken, whatever the slot record says.
+    pub fn floor(&self) -> Result<u64, StateError> {
+        Ok(self.get(FLOOR)?.unwrap_or(0))
+    }
+
+    /// Raises the floor; durable on return.
+    pub fn raise_floor(&self, floor: u64) -> Result<(), StateError> {
+        self.put(FLOOR, &self.floor()?.max(floor))?;
+        self.flush()
+    }
+
+    /// The accounts of the spool, as its ledger.
+    pub fn ledger(&self) -> Result<Box<dyn Ledger>, StateError> {
+        let tree = self
+            .db
+            .open_tree(ACCOUNTS)
+            .map_err(|source| self.database(source))?;
+        Ok(Box::new(Accounts(tree)))
+    }
+
+    /// Makes everything written so far survive the process.
+    pub fn flush(&self) -> Result<(), StateError> {
+        self.db
+            .flush()
+            .map(|_| ())
+            .map_err(|source| self.database(source))
+    }
+
+    fn get<T: DeserializeOwned>(&self, key: &'static str) -> Result<Option<T>, StateError> {
+        let Some(bytes) = self.db.get(key).map_err(|source| self.database(source))? else {
+            return Ok(None);
+        };
+        postcard::from_bytes(&bytes)
+            .map(Some)
+            .map_err(|_| StateError::Malformed {
+                path: self.path.clone(),
+                key,
+            })
+    }
+
+    fn put<T: Serialize>(&self, key: &'static str, value: &T) -> Result<(), StateError> {
+        self.db
+            .insert(key, wire::bytes(value))
+            .map(|_| ())
+            .map_err(|source| self.database(source))
+    }
+
+    fn database(&self, source: sled::Error) -> StateError {
+        StateError::Database {
+            path: self.path.clone(),
+            source,
+        }
+    }
+}
+
+fn lock(data: &Path) -> Result<File, StateError> {
+    let path = data.join("LOCK");
+    let io = |source| StateError::Io {
+        path: path.clone(),
+        source,
+    };
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&path)
+        .map_err(io)?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            let mut pid = String::new();
+            // Only for the message; an unreadable one must not hide the real error.
+            let _ = file.read_to_string(&mut pid);
+            return Err(StateError::Locked {
+                folder: data.to_owned(),
+                pid: pid.trim().to_owned(),
+            });
+        }
+        Err(TryLockError::Error(source)) => return Err(io(source)),
+    }
+    file.set_len(0)
+        .and_then(|()| file.rewind())
+        .and_then(|()| writeln!(file, "{}", std::process::id()))
+        .map_err(io)?;
+    Ok(file)
+}
+
+struct Accounts(sled::Tree);
+
+impl Ledger for Accounts {
+    fn load(&self) -> Result<Vec<(u32, Account)>, LedgerError> {
+        self.0
+            .iter()
+            .map(|entry| {
+                let (key, value) = entry.map_err(|error| error.to_string())?;
+                let key = <[u8; 4]>::try_from(&*key)
+                    .map_err(|_| "a key is not an epoch".to_owned())?;
+                let account = postcard::from_bytes(&value)
+                    .map_err(|error| format!("an account does not decode: {error}"))?;
+                Ok((u32::from_be_bytes(key), account))
+            })
+            .collect()
+    }
+
+    fn put(&mut self, epoch: u32, account: &Account) -> Result<(), LedgerError> {
+        self.0
+            .insert(epoch.to_be_bytes(), wire::bytes(account))
+            .map(|_| ())
+            .map_err(|error| error.to_string())
+    }
+
+    fn remove(&mut self, epoch: u32) -> Result<(), LedgerError> {
+        self.0
+            .remove(epoch.to_be_bytes())
+            .map(|_| ())
+            .map_err(|error| error.to_string())
+    }
+
+    fn flush(&mut self) -> Result<(), LedgerError> {
+        self.0
+            .flush()
+            .map(|_| ())
+            .map_err(|error| error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn epochs_rise_even_when_the_database_is_lost() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = State::open(folder.path()).unwrap();
+        assert_eq!(state.next_epoch(0).unwrap(), 1);
+        assert_eq!(state.next_epoch(0).unwrap(), 2);
+        drop(state);
+        let state = State::open(folder.path()).unwrap();
+        assert_eq!(state.next_epoch(0).unwrap(), 3);
+        drop(state);
+        std::fs::remove_dir_all(folder.path().join("state")).unwrap();
+        let state = State::open(folder.path()).unwrap();
+        assert_eq!(state.next_epoch(3).unwrap(), 4);
+    }
+
+    #[test]
+    fn a_second_agent_is_told_who_holds_the_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let first = State::open(folder.path()).unwrap();
+        let error = State::open(folder.path()).unwrap_err().to_string();
+        assert!(
+            error.contains(&std::process::id().to_string()),
+            "no process id in: {error}"
+        );
+        drop(first);
+        State::open(folder.path()).unwrap();
+    }
+
+    #[test]
+    fn progress_belongs_to_one_source_and_counters_to_the_device() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = State::open(folder.path()).unwrap();
+        let progress = Progress {
+            frame: 640,
+            bytes_seen: 9000,
+            skipped: 2,
+        };
+        state.save_progress("sim:roads", &progress, 77).unwrap();
+        assert_eq!(state.progress("sim:roads").unwrap(), progress);
+        assert_eq!(state.bytes_up().unwrap(), 77);
+        let other = state.progress("dir:pictures").unwrap();
+        assert_eq!((other.frame, other.bytes_seen), (0, 9000));
+    }
+}

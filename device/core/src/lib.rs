@@ -1,0 +1,35 @@
+//! What a device decides, without an operating system: `no_std`, no allocation, no clock, no
+//! randomness and no I/O. Every part takes `(now, event)` and answers with actions; a thin shell
+//! (the Linux agent, the firmware) owns sockets, storage and time. So a week offline is a
+//! millisecond test, and the cloud can run the very code that it judges a model for.
+//!
+//! The map, in the order in which a frame meets it:
+//!
+//! | module | decides |
+//! |---|---|
+//! | [`pace`] | whether the next frame may be taken now |
+//! | [`params`] | what the bytes of a score-parameter part mean |
+//! | [`score`] | how sure and how familiar a model's answer is, on one scale |
+//! | [`sketch`] | what looks alike: signatures of embeddings, and counts of what was sent |
+//! | [`flicker`] | whether the model contradicts itself from frame to frame |
+//! | [`quantile`] | where the best few percent of a stream begin |
+//! | [`bucket`] | how many bytes may leave |
+//! | [`trigger`] | whether the frame is worth its upload, and in which lane |
+//! | [`uplink`] | when to connect, send, wait, resend and change transport |
+//! | [`slot`] | whether an offered model becomes the live one |
+#![no_std]
+#![forbid(unsafe_code)]
+
+#[cfg(test)]
+extern crate std;
+
+pub mod bucket;
+pub mod flicker;
+pub mod pace;
+pub mod params;
+pub mod quantile;
+pub mod score;
+pub mod sketch;
+pub mod slot;
+pub mod trigger;
+pub mod uplink;

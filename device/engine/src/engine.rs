@@ -1,0 +1,222 @@
+//! The engine interface: a model's bytes become a plan; a plan fills caller-owned buffers.
+
+use std::any::Any;
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::str::FromStr;
+
+use flywheel_shared::spec::ModelSpec;
+use thiserror::Error;
+
+use crate::burn_plan::{Backend, BurnPlan};
+use crate::tract_plan::TractPlan;
+
+/// The engines that this build has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum EngineKind {
+    /// tract, from the ONNX file: the default, and the fastest.
+    #[default]
+    Tract,
+    /// burn's flex backend, from the record.
+    BurnFlex,
+    /// burn's ndarray backend, from the record: slow, kept as an independent reference.
+    BurnNdarray,
+}
+
+impl EngineKind {
+    /// Every engine, for tests and benchmarks.
+    pub const ALL: [Self; 3] = [Self::Tract, Self::BurnFlex, Self::BurnNdarray];
+
+    /// The name that `--engine` takes.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tract => "tract",
+            Self::BurnFlex => "burn-flex",
+            Self::BurnNdarray => "burn-ndarray",
+        }
+    }
+}
+
+impl fmt::Display for EngineKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A name that is no engine's.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("unknown engine {0:?}; use tract, burn (the same as burn-flex) or burn-ndarray")]
+pub struct UnknownEngine(pub String);
+
+impl FromStr for EngineKind {
+    type Err = UnknownEngine;
+
+    fn from_str(name: &str) -> Result<Self, UnknownEngine> {
+        match name {
+            "tract" => Ok(Self::Tract),
+            "burn" | "burn-flex" => Ok(Self::BurnFlex),
+            "burn-ndarray" => Ok(Self::BurnNdarray),
+            other => Err(UnknownEngine(other.to_owned())),
+        }
+    }
+}
+
+/// A model in all the forms its package holds; an engine reads the one it can run.
+#[derive(Debug, Clone, Copy)]
+pub struct ModelBytes<'a> {
+    /// ONNX file, outputs in the order logits, embedding. Empty if the package has none.
+    pub onnx: &'a [u8],
+    /// burnpack record. Empty if the package has none.
+    pub record: &'a [u8],
+    /// What the model takes and gives.
+    pub spec: &'a ModelSpec<'a>,
+}
+
+/// Where an engine writes its answer. The lengths must be the plan's.
+#[derive(Debug)]
+pub struct Output<'a> {
+    /// Unnormalised class scores, one per class.
+    pub logits: &'a mut [f32],
+    /// The embedding; empty if the model has none.
+    pub embedding: &'a mut [f32],
+}
+
+/// Why a model cannot be loaded or run.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum EngineError {
+    /// The package lacks the form that the engine runs.
+    #[error("engine {engine}: the model package has no {form}; choose another engine")]
+    NoForm {
+        /// The engine.
+        engine: EngineName,
+        /// `ONNX file` or `record`.
+        form: &'static str,
+    },
+    /// The bytes are damaged, or the model does not do what its spec says.
+    #[error("engine {engine}: cannot load the model: {why}")]
+    Load {
+        /// The engine.
+        engine: EngineName,
+        /// What is wrong.
+        why: String,
+    },
+    /// A buffer of the caller has the wrong length.
+    #[error("{what} buffer has {found} values, the model wants {want}")]
+    Buffer {
+        /// `input`, `logits` or `embedding`.
+        what: &'static str,
+        /// Its length.
+        found: usize,
+        /// The plan's.
+        want: usize,
+    },
+    /// The engine failed on this input.
+    #[error("engine {engine}: inference failed: {why}")]
+    Run {
+        /// The engine.
+        engine: EngineName,
+        /// What it said.
+        why: String,
+    },
+}
+
+/// An engine's name in an error.
+pub type EngineName = &'static str;
+
+/// A loaded model, ready to run. It keeps scratch state, hence `&mut`; make one per thread.
+pub trait Plan: Send {
+    /// Which engine this is.
+    fn kind(&self) -> EngineKind;
+
+    /// Values of one input tensor.
+    fn input_len(&self) -> usize;
+
+    /// Number of classes, the length of [`Output::logits`].
+    fn classes(&self) -> usize;
+
+    /// Length of [`Output::embedding`]; 0 if the model has none.
+    fn embedding_dim(&self) -> usize;
+
+    /// Runs one preprocessed image, NCHW with N = 1.
+    ///
+    /// # Errors
+    /// [`EngineError::Buffer`] for a wrong length, [`EngineError::Run`] if the engine fails or
+    /// answers with a value that is not finite.
+    fn run(&mut self, input: &[f32], output: &mut Output<'_>) -> Result<(), EngineError>;
+}
+
+/// Loads a model with an engine.
+///
+/// # Errors
+/// [`EngineError::NoForm`] or [`EngineError::Load`]. A panic inside an engine's loader, which
+/// damaged bytes can cause, is caught and reported as the latter.
+pub fn load(kind: EngineKind, model: &ModelBytes<'_>) -> Result<Box<dyn Plan>, EngineError> {
+    let (bytes, form) = match kind {
+        EngineKind::Tract => (model.onnx, "ONNX file"),
+        EngineKind::BurnFlex | EngineKind::BurnNdarray => (model.record, "record"),
+    };
+    if bytes.is_empty() {
+        return Err(EngineError::NoForm {
+            engine: kind.name(),
+            form,
+        });
+    }
+    // The loaders only build new values from borrowed bytes, so a panic leaves nothing half done.
+    let loaded = catch_unwind(AssertUnwindSafe(|| -> Result<Box<dyn Plan>, String> {
+        Ok(match kind {
+            EngineKind::Tract => Box::new(TractPlan::load(bytes, model.spec)?),
+            EngineKind::BurnFlex => Box::new(BurnPlan::load(Backend::Flex, bytes, model.spec)?),
+            EngineKind::BurnNdarray => {
+                Box::new(BurnPlan::load(Backend::Ndarray, bytes, model.spec)?)
+            }
+        })
+    }));
+    loaded
+        .unwrap_or_else(|panic| Err(format!("the loader panicked: {}", panic_text(&*panic))))
+        .map_err(|why| EngineError::Load {
+            engine: kind.name(),
+            why,
+        })
+}
+
+/// Checks the lengths of a caller's buffers.
+pub(crate) fn check_buffers(
+    plan: &dyn Plan,
+    input: &[f32],
+    output: &Output<'_>,
+) -> Result<(), EngineError> {
+    for (what, found, want) in [
+        ("input", input.len(), plan.input_len()),
+        ("logits", output.logits.len(), plan.classes()),
+        ("embedding", output.embedding.len(), plan.embedding_dim()),
+    ] {
+        if found != want {
+            return Err(EngineError::Buffer { what, found, want });
+        }
+    }
+    Ok(())
+}
+
+/// Copies an engine's output to the caller's buffer, refusing what scores cannot be made of.
+pub(crate) fn copy_finite(from: &[f32], to: &mut [f32], what: &str) -> Result<(), String> {
+    if from.len() != to.len() {
+        return Err(format!(
+            "{what} has {} values, not {}",
+            from.len(),
+            to.len()
+        ));
+    }
+    if !from.iter().all(|value| value.is_finite()) {
+        return Err(format!("{what} holds a value that is not finite"));
+    }
+    to.copy_from_slice(from);
+    Ok(())
+}
+
+fn panic_text(panic: &(dyn Any + Send)) -> &str {
+    panic
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("no message")
+}

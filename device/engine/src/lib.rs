@@ -1,0 +1,18 @@
+//! Inference engines behind one trait, and the one preprocessing function of the whole system.
+//!
+//! Both sides use this crate: the device runs it on live frames, and the cloud evaluates every
+//! candidate through it, so that a model is judged by the code that will run it. To add an engine,
+//! add a module that implements [`Plan`] and a variant of [`EngineKind`]; the parity test then
+//! covers it.
+
+mod burn_plan;
+pub mod engine;
+pub mod frame;
+pub mod preprocess;
+mod tract_plan;
+
+pub use engine::{EngineError, EngineKind, ModelBytes, Output, Plan, UnknownEngine, load};
+pub use frame::Frame;
+pub use preprocess::{InputError, preprocess};
+
+pub use flywheel_shared::spec::{InputSpec, ModelSpec};
