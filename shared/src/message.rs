@@ -22,6 +22,7 @@ pub const MAX_RANGES: usize = 32;
 pub type Ranges = Vec<(u32, u32), MAX_RANGES>;
 
 /// From the device to the cloud. Variants are numbered by order: append only.
+#[allow(clippy::large_enum_variant)] // There is no alloc to box with.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Up<'a> {
     /// 0: first message on a connection.
@@ -40,6 +41,7 @@ pub enum Up<'a> {
 }
 
 /// From the cloud to the device. Variants are numbered by order: append only.
+#[allow(clippy::large_enum_variant)] // There is no alloc to box with.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Down<'a> {
     /// 0: the cloud knows the device; samples may flow.

@@ -194,7 +194,10 @@ mod tests {
     fn in_flight_counts_once_as_ingested() {
         let report = audit([&ledger()]);
         assert!(report.balanced, "{report}");
-        assert_eq!((report.flagged, report.ingested, report.spooled), (10, 6, 2));
+        assert_eq!(
+            (report.flagged, report.ingested, report.spooled),
+            (10, 6, 2)
+        );
         assert_eq!(
             report.to_string(),
             "flagged 10 = ingested 6 + spooled 2 + dropped 2 (crash 1, evicted 1): balanced"
@@ -211,7 +214,9 @@ mod tests {
         assert_eq!(report.missing[0].epoch, 3);
 
         let mut twice = ledger();
-        twice.lost.insert("crash".into(), (10..=10).chain(4..=5).collect());
+        twice
+            .lost
+            .insert("crash".into(), (10..=10).chain(4..=5).collect());
         assert_eq!(audit([&twice]).double[0].ranges.ranges(), &[(4, 5)]);
 
         let mut two_reasons = ledger();

@@ -191,10 +191,7 @@ pub fn freeze(from: &Freeze<'_>) -> Result<Frozen, FreezeError> {
     })
 }
 
-fn class_order<'a>(
-    known: &[String],
-    labels: impl Iterator<Item = &'a Label<'a>>,
-) -> Vec<String> {
+fn class_order<'a>(known: &[String], labels: impl Iterator<Item = &'a Label<'a>>) -> Vec<String> {
     let mut order: Vec<String> = Vec::new();
     let mut seen = BTreeSet::new();
     for class in known {
@@ -238,7 +235,10 @@ fn validation_tracks<'a>(
         .collect();
     let mut tracks: BTreeMap<&str, BTreeSet<Digest>> = BTreeMap::new();
     for label in labels {
-        tracks.entry(label.class).or_default().insert(track_of(label));
+        tracks
+            .entry(label.class)
+            .or_default()
+            .insert(track_of(label));
     }
     for tracks in tracks.values() {
         if tracks.iter().all(|t| validation.contains(t)) {
@@ -253,7 +253,9 @@ impl Manifest {
     #[must_use]
     pub fn to_text(&self) -> String {
         let mut text = String::with_capacity(100 + self.items.len() * 80);
-        let parent = self.parent.map_or_else(|| "-".to_owned(), |d| d.to_string());
+        let parent = self
+            .parent
+            .map_or_else(|| "-".to_owned(), |d| d.to_string());
         // Writing to a string can't fail.
         let _ = writeln!(
             text,
@@ -296,7 +298,10 @@ impl Manifest {
         };
         let (rest, number) = field(HEADER)?;
         if !rest.is_empty() {
-            return Err(fault(number, "unknown version; this reads version 1".into()));
+            return Err(fault(
+                number,
+                "unknown version; this reads version 1".into(),
+            ));
         }
         let parent = match field("parent ")? {
             ("-", _) => None,
@@ -338,7 +343,10 @@ impl Manifest {
     fn parse_item(&self, item: &str, number: usize) -> Result<Item, ParseError> {
         let parts: Vec<&str> = item.split(' ').collect();
         let [hex, class, split] = parts[..] else {
-            return Err(fault(number, "expected `item DIGEST CLASS train|val`".into()));
+            return Err(fault(
+                number,
+                "expected `item DIGEST CLASS train|val`".into(),
+            ));
         };
         let digest = digest(hex, number)?;
         let class: u32 = class

@@ -45,9 +45,7 @@ impl DriftReport {
     /// The class with the smallest p-value.
     #[must_use]
     pub fn strongest(&self) -> Option<&ClassDrift> {
-        self.classes
-            .iter()
-            .min_by(|a, b| a.ks.p.total_cmp(&b.ks.p))
+        self.classes.iter().min_by(|a, b| a.ks.p.total_cmp(&b.ks.p))
     }
 }
 
@@ -55,7 +53,9 @@ impl DriftReport {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum DriftError {
     /// Too few rows.
-    #[error("{reference} reference and {recent} recent rows; at least {MIN_ROWS} of each are needed")]
+    #[error(
+        "{reference} reference and {recent} recent rows; at least {MIN_ROWS} of each are needed"
+    )]
     TooFew {
         /// Rows of the reference.
         reference: usize,
@@ -98,8 +98,7 @@ pub fn drift(
         });
     }
     for (side, rows) in [("reference", reference), ("recent", recent)] {
-        let bad =
-            |row: &&[f32]| row.len() != classes.len() || row.iter().any(|p| !p.is_finite());
+        let bad = |row: &&[f32]| row.len() != classes.len() || row.iter().any(|p| !p.is_finite());
         if let Some(row) = rows.iter().position(bad) {
             return Err(DriftError::Row {
                 side,
@@ -296,8 +295,6 @@ mod tests {
 
     fn run(shift: f32, rng: &mut ChaCha8Rng) -> DriftReport {
         let (a, b) = (rows(150, 0.0, rng), rows(120, shift, rng));
-        let borrow = |rows: &'_ [Vec<f32>]| -> Vec<Vec<f32>> { rows.to_vec() };
-        let (a, b) = (borrow(&a), borrow(&b));
         let a: Vec<&[f32]> = a.iter().map(Vec::as_slice).collect();
         let b: Vec<&[f32]> = b.iter().map(Vec::as_slice).collect();
         drift(&names(), &a, &b, 0.05).unwrap()
@@ -315,7 +312,12 @@ mod tests {
     #[test]
     fn the_limit_law_matches_published_values() {
         // Smirnov's table (1948).
-        for (lambda, q) in [(0.5, 0.963_945), (1.0, 0.269_999_67), (1.358, 0.05), (1.628, 0.01)] {
+        for (lambda, q) in [
+            (0.5, 0.963_945),
+            (1.0, 0.269_999_67),
+            (1.358, 0.05),
+            (1.628, 0.01),
+        ] {
             assert!((kolmogorov(lambda) - q).abs() < 1e-4, "{lambda}");
         }
         assert_eq!(kolmogorov(0.0), 1.0);
@@ -353,7 +355,11 @@ mod tests {
         ));
         assert!(matches!(
             drift(&names(), &many, &broken, 0.05),
-            Err(DriftError::Row { side: "recent", row: 7, .. })
+            Err(DriftError::Row {
+                side: "recent",
+                row: 7,
+                ..
+            })
         ));
         assert_eq!(drift(&names(), &many, &many, 0.0), Err(DriftError::Alpha));
     }

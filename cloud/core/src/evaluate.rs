@@ -144,11 +144,8 @@ pub fn evaluate(
 ) -> Result<Report, EvaluateError> {
     check(truth_classes, model_classes, outcomes)?;
     let mut names: Vec<&String> = truth_classes.iter().collect();
-    let mut index: BTreeMap<&str, usize> = truth_classes
-        .iter()
-        .map(String::as_str)
-        .zip(0..)
-        .collect();
+    let mut index: BTreeMap<&str, usize> =
+        truth_classes.iter().map(String::as_str).zip(0..).collect();
     let to_row: Vec<usize> = model_classes
         .iter()
         .map(|class| {

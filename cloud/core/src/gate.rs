@@ -297,9 +297,21 @@ fn check(policy: &GatePolicy, comparison: &Comparison<'_>) -> Result<(), GateErr
     let drops = policy.max_drop_of.values().all(|&x| is_share(x));
     let ratio = policy.max_latency_ratio.is_none_or(|r| r > 0.0);
     let rules = [
-        ("resamples", (100..=1_000_000).contains(&policy.resamples), "from 100 to 1000000"),
-        ("min_gain", (-1.0..=1.0).contains(&policy.min_gain), "from -1 to 1"),
-        ("min_probability", is_share(policy.min_probability), "from 0 to 1"),
+        (
+            "resamples",
+            (100..=1_000_000).contains(&policy.resamples),
+            "from 100 to 1000000",
+        ),
+        (
+            "min_gain",
+            (-1.0..=1.0).contains(&policy.min_gain),
+            "from -1 to 1",
+        ),
+        (
+            "min_probability",
+            is_share(policy.min_probability),
+            "from 0 to 1",
+        ),
         ("max_drop", is_share(policy.max_drop), "from 0 to 1"),
         ("max_drop_of", drops, "from 0 to 1 for each class"),
         ("floor", is_share(policy.floor), "from 0 to 1"),

@@ -6,6 +6,7 @@
 //! decision. The server (`flywheel`) owns storage and transports and calls in here.
 
 pub mod audit;
+pub mod calibrate;
 pub mod class;
 pub mod dataset;
 pub mod drift;

@@ -39,8 +39,8 @@ pub struct Prediction {
     pub novelty: f32,
 }
 
-/// Where a sample was seen. Frames of one device within [`TRACK_REACH`] of each other show the
-/// same thing and count as one track.
+/// Where a sample was seen. Frames of one device within [`Options::track_reach`] of each other
+/// count as one track: they probably show the same thing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Track<'a> {
     /// The device (and source, should it have several).
@@ -48,9 +48,6 @@ pub struct Track<'a> {
     /// Index of the frame in the source.
     pub frame: u64,
 }
-
-/// How far apart two frames of one track can be.
-pub const TRACK_REACH: u64 = 8;
 
 /// A sample that could be labelled.
 #[derive(Debug, Clone, Copy)]
@@ -146,6 +143,9 @@ pub struct Options {
     pub seed: u64,
     /// The most picks of one track; 0 counts as 1. Baselines ignore it.
     pub per_track: usize,
+    /// How far apart two frames of one track can be. 0 for sources whose frames are independent
+    /// draws, where a wider reach would only forbid good picks.
+    pub track_reach: u64,
     /// Share of the budget drawn uniformly, 0 to 1, from the uniform lane while it lasts; it keeps
     /// an unbiased sample flowing and covers what no score finds. Only `flywheel` draws it.
     pub uniform_share: f32,
@@ -158,6 +158,7 @@ impl Default for Options {
             budget: 200,
             seed: 0,
             per_track: 1,
+            track_reach: 8,
             uniform_share: 0.05,
         }
     }
@@ -295,7 +296,7 @@ pub fn rank(pool: &Pool<'_>, options: &Options) -> Result<Vec<Pick>, PriorityErr
         Strategy::Margin => margin(pool, budget),
         Strategy::Typiclust | Strategy::Flywheel => {
             let rows = Rows::unit(pool.candidates.iter().map(|c| c.embedding));
-            let mut limits = Limits::new(pool.candidates, &rows, options.per_track);
+            let mut limits = Limits::new(pool.candidates, &rows, options);
             if strategy == Strategy::Typiclust {
                 typiclust::rank(pool, &rows, &mut limits, budget, &mut rng)
             } else {
@@ -309,8 +310,7 @@ pub fn rank(pool: &Pool<'_>, options: &Options) -> Result<Vec<Pick>, PriorityErr
 fn is_cold(pool: &Pool<'_>) -> bool {
     let labels: u64 = pool.class_counts.iter().map(|&n| u64::from(n)).sum();
     let scored = pool.candidates.iter().filter(|c| c.prediction.is_some());
-    labels < 2 * pool.class_counts.len().max(1) as u64
-        || scored.count() * 2 < pool.candidates.len()
+    labels < 2 * pool.class_counts.len().max(1) as u64 || scored.count() * 2 < pool.candidates.len()
 }
 
 fn check_dimensions(pool: &Pool<'_>) -> Result<(), PriorityError> {

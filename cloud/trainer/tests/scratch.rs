@@ -12,6 +12,12 @@ fn env<T: std::str::FromStr>(name: &str, default: T) -> T {
     std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
 }
 
+fn cpu_s() -> f32 {
+    let s = std::fs::read_to_string("/proc/self/stat").unwrap();
+    let f: Vec<&str> = s.rsplit(')').next().unwrap().split_whitespace().collect();
+    (f[11].parse::<f32>().unwrap() + f[12].parse::<f32>().unwrap()) / 100.0
+}
+
 fn gather(seed: u64, conditions: Conditions, per_class: &dyn Fn(usize) -> usize) -> Vec<Example> {
     let mut roads = Roads::new(RoadsConfig { seed, conditions, mix: Mix::Balanced, late_from: 0, ..RoadsConfig::default() }).unwrap();
     let mut left: Vec<usize> = (0..CLASSES.len()).map(per_class).collect();
@@ -77,10 +83,12 @@ fn scratch() {
     };
     let run = |config: &TrainConfig, set: &[Example], champion: Option<&Trained>, name: &str| {
         let at = Instant::now();
+        let cpu = cpu_s();
         let mut last = None;
         let t = train(config, set, champion.map(|c| Champion { record: &c.record, config: &config.net }), &mut |p| { last = Some(p); ControlFlow::Continue(()) }).unwrap();
         let s = at.elapsed().as_secs_f32();
-        println!("{name}: {} examples, {} steps, {s:.1} s, {:.0} img/s, loss {:.3} acc {:.3} clean {:.3}", set.len(), config.steps, (config.steps * config.batch) as f32 / s, t.loss, last.unwrap().accuracy, t.train_accuracy);
+        let cpu = cpu_s() - cpu;
+        println!("{name}: {} examples, {} steps, {s:.1} s, cpu {cpu:.1} s = {:.2} ms/img, {:.0} img/s, loss {:.3} acc {:.3} clean {:.3}", set.len(), config.steps, 1e3 * cpu / (config.steps * config.batch) as f32, (config.steps * config.batch) as f32 / s, t.loss, last.unwrap().accuracy, t.train_accuracy);
         t
     };
     let test = gather(999, Conditions::All, &|_| env("TEST", 60));

@@ -222,18 +222,22 @@ impl Config {
         let engine = raw
             .engine
             .parse()
-            .map_err(|error: device_engine::UnknownEngine| wrong("engine", format!("is wrong: {error}")))?;
+            .map_err(|error: device_engine::UnknownEngine| {
+                wrong("engine", format!("is wrong: {error}"))
+            })?;
         let pace = pace(&raw.pace).ok_or_else(|| {
             wrong(
                 "pace",
                 "must be \"lockstep\", \"max\" or a number of frames a second above 0".to_owned(),
             )
         })?;
-        let distinct = raw.transport.len() == 1 || (raw.transport.len() == 2 && raw.transport[0] != raw.transport[1]);
+        let distinct = raw.transport.len() == 1
+            || (raw.transport.len() == 2 && raw.transport[0] != raw.transport[1]);
         if !distinct {
             return Err(wrong(
                 "transport",
-                "must name one or two different transports, such as [\"quic\", \"mqtt\"]".to_owned(),
+                "must name one or two different transports, such as [\"quic\", \"mqtt\"]"
+                    .to_owned(),
             ));
         }
         check_budget(&raw.budget).map_err(|(key, problem)| wrong(key, problem))?;

@@ -34,7 +34,9 @@ pub struct Request {
 #[derive(Debug, Error)]
 pub enum EnrollError {
     /// There is an identity.
-    #[error("{0}: already enrolled; pass --force to replace the identity, which ends the old one's use")]
+    #[error(
+        "{0}: already enrolled; pass --force to replace the identity, which ends the old one's use"
+    )]
     Enrolled(PathBuf),
     /// The server was not reached.
     #[error("{url}: the server was not reached: {source}; is `flywheel serve` running there?")]
@@ -133,8 +135,8 @@ pub fn enroll(request: &Request) -> Result<DeviceId, EnrollError> {
         .device
         .parse()
         .map_err(|error| unusable(format!("`device` {:?}: {error}", answer.device)))?;
-    let trust =
-        hex::decode(&answer.trust_hex).map_err(|error| unusable(format!("`trust_hex`: {error}")))?;
+    let trust = hex::decode(&answer.trust_hex)
+        .map_err(|error| unusable(format!("`trust_hex`: {error}")))?;
     let (trust, _) = TrustBytes::verify(trust, Path::new(&url))?;
     Identity::store(
         &request.data,

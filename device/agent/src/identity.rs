@@ -17,9 +17,7 @@ use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, Server
 use rustls::crypto::CryptoProvider;
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
 use rustls_pki_types::pem::PemObject;
-use rustls_pki_types::{
-    CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime,
-};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -37,7 +35,9 @@ pub const ALPN: &[u8] = b"flywheel/1";
 #[derive(Debug, Error)]
 pub enum IdentityError {
     /// There is none.
-    #[error("{0}: this device is not enrolled; run `flywheel-agent enroll` with a token from the server first")]
+    #[error(
+        "{0}: this device is not enrolled; run `flywheel-agent enroll` with a token from the server first"
+    )]
     NotEnrolled(PathBuf),
     /// A file cannot be read or written.
     #[error("{path}: {source}")]

@@ -12,7 +12,7 @@ use device_core::pace::{Next, Pace, Pacer};
 use device_core::slot::{Action, Event, Held};
 use device_core::trigger::{Observation, Trigger, TriggerConfig, TriggerError};
 use device_engine::Frame;
-use flywheel_shared::message::{Record, Sample, Scores};
+use flywheel_shared::message::{Lane, Record, Sample, Scores};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use thiserror::Error;
@@ -290,14 +290,14 @@ impl Pipeline {
                 let [a, b, c, d, e, f, g, h, ..] = digest.0;
                 [a, b, c, d, e, f, g, h]
             }),
-            lane: flywheel_shared::message::Lane::Uniform,
+            lane: Lane::Uniform,
             inclusion: 0.0,
             scores: scores.unwrap_or_default(),
             embedding_scale,
             embedding,
-            // Larger pictures than the wire can name are booked as too large by the spool.
-            width: meta.width as u16,
-            height: meta.height as u16,
+            // Sides beyond that do not fit a message as pixels, and files carry their own.
+            width: u16::try_from(meta.width).unwrap_or(u16::MAX),
+            height: u16::try_from(meta.height).unwrap_or(u16::MAX),
             codec,
             payload,
         };
@@ -316,7 +316,11 @@ impl Pipeline {
             sample.inclusion = flag.inclusion;
             let pushed = lock(&self.shared.spool).push(&mut sample, flag.value);
             if let Some(reason) = pushed.lost {
-                tracing::warn!(seq = pushed.seq, reason = reason.name(), "a flagged sample is lost");
+                tracing::warn!(
+                    seq = pushed.seq,
+                    reason = reason.name(),
+                    "a flagged sample is lost"
+                );
             }
             self.shared.news.notify_one();
         }
@@ -332,6 +336,9 @@ impl Pipeline {
                 return;
             }
         };
+        if !actions.is_empty() {
+            self.shared.news.notify_one();
+        }
         for action in actions {
             match action {
                 Action::Swap(model) => {
@@ -349,7 +356,6 @@ impl Pipeline {
                 _ => {}
             }
         }
-        self.shared.news.notify_one();
     }
 
     fn tell(&self, held: bool) {

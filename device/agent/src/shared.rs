@@ -51,7 +51,13 @@ pub struct Shared {
 
 impl Shared {
     /// Puts the parts together.
-    pub fn new(state: Arc<State>, spool: Spool, models: Models, status: Status, bytes_up: u64) -> Self {
+    pub fn new(
+        state: Arc<State>,
+        spool: Spool,
+        models: Models,
+        status: Status,
+        bytes_up: u64,
+    ) -> Self {
         Self {
             state,
             spool: Mutex::new(spool),

@@ -46,7 +46,9 @@ pub enum StateError {
         source: sled::Error,
     },
     /// A stored value does not decode.
-    #[error("{path}: the stored {key} does not decode; it was written by another version of the agent")]
+    #[error(
+        "{path}: the stored {key} does not decode; it was written by another version of the agent"
+    )]
     Malformed {
         /// The database's folder.
         path: PathBuf,
@@ -259,8 +261,8 @@ impl Ledger for Accounts {
             .iter()
             .map(|entry| {
                 let (key, value) = entry.map_err(|error| error.to_string())?;
-                let key = <[u8; 4]>::try_from(&*key)
-                    .map_err(|_| "a key is not an epoch".to_owned())?;
+                let key =
+                    <[u8; 4]>::try_from(&*key).map_err(|_| "a key is not an epoch".to_owned())?;
                 let account = postcard::from_bytes(&value)
                     .map_err(|error| format!("an account does not decode: {error}"))?;
                 Ok((u32::from_be_bytes(key), account))

@@ -40,7 +40,8 @@ pub struct Layout {
     pub calibrated: usize,
     /// K: training items of each class; a class with 0 has no mean and is left out.
     pub counts: Range<usize>,
-    /// d: mean embedding of all training items, subtracted before either whitening.
+    /// d: mean of the class means of embeddings at unit length ([`crate::score::normalise`]),
+    /// subtracted before either whitening.
     pub centre: Range<usize>,
     /// d(d+1)/2: lower triangle by rows of the whitening within classes, the inverse of the
     /// Cholesky factor of the shared class-conditional covariance.
@@ -334,7 +335,7 @@ impl<'a> Params<'a> {
         &self.values[self.shape.layout().counts]
     }
 
-    /// Mean of all training embeddings, d values.
+    /// Mean of the class means, d values.
     pub fn centre(&self) -> &'a [f32] {
         &self.values[self.shape.layout().centre]
     }

@@ -67,8 +67,9 @@ impl core::error::Error for ScoreError {}
 ///   `confidence` = p of `top1`, `margin` = p of `top1` − p of `top2`, `entropy` = −Σ pᵢ ln pᵢ.
 /// - `energy` = −T ln Σ exp(zᵢ/T) (Liu et al. 2020, 2010.03759).
 /// - `novelty` = minₖ MDₖ − MD₀ (Ren et al. 2021, 2106.09022), MDₖ the squared Mahalanobis
-///   distance to the mean of class k under the shared covariance, MD₀ that to the background;
-///   for a model without embedding it is `energy`.
+///   distance to the mean of class k under the shared covariance, MD₀ that to the background,
+///   both of the embedding at unit length ([`normalise`]); for a model without embedding it is
+///   `energy`.
 /// - `u_unsure`, `u_novel`: [`conformal`] of −margin and of novelty.
 ///
 /// Finite inputs give finite scores: distances that overflow saturate at `f32::MAX`, which is
@@ -234,15 +235,40 @@ fn top_two(logits: &[f32]) -> (usize, usize) {
     (top1, top2.unwrap_or(top1))
 }
 
-/// minₖ |W(z−c) − mₖ|² − |W₀(z−c)|². `scratch` holds z−c and W(z−c).
+/// Scales `embedding` to Euclidean length 1 into the front of `out` (at least as long); zeros stay
+/// zeros.
+///
+/// Its length follows contrast and weather rather than what is seen; without it Mahalanobis
+/// distances tell the unknown apart better (Müller & Hein 2025, 2505.18032).
+pub fn normalise(embedding: &[f32], out: &mut [f32]) {
+    let largest = embedding.iter().fold(0.0f32, |max, z| max.max(z.abs()));
+    if largest == 0.0 {
+        out[..embedding.len()].fill(0.0);
+        return;
+    }
+    // By the largest value first, so that no square overflows or vanishes.
+    let mut square = 0.0;
+    for (place, &z) in out.iter_mut().zip(embedding) {
+        *place = z / largest;
+        square += *place * *place;
+    }
+    let scale = 1.0 / libm::sqrtf(square);
+    for place in &mut out[..embedding.len()] {
+        *place *= scale;
+    }
+}
+
+/// minₖ |W(x−c) − mₖ|² − |W₀(x−c)|² with x the embedding at unit length. `scratch` holds x−c and
+/// W(x−c).
 fn relative_mahalanobis(embedding: &[f32], params: &Params<'_>, scratch: &mut [f32]) -> f32 {
     let dim = embedding.len();
     let layout = params.shape().layout();
     let values = params.values();
     let (centred, rest) = scratch.split_at_mut(dim);
     let white = &mut rest[..dim];
-    for ((c, &z), &mean) in centred.iter_mut().zip(embedding).zip(params.centre()) {
-        *c = z - mean;
+    normalise(embedding, centred);
+    for (c, &mean) in centred.iter_mut().zip(params.centre()) {
+        *c -= mean;
     }
     let mut row = 0;
     let within = &values[layout.within];
@@ -313,5 +339,4 @@ fn square_distance(a: &[f32], b: &[f32]) -> f32 {
 }
 
 #[cfg(test)]
-#[path = "score_tests.rs"]
 mod tests;

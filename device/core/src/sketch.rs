@@ -13,17 +13,20 @@ pub(crate) const fn mix(mut x: u64) -> u64 {
     x ^ (x >> 31)
 }
 
-/// The signs of 64 fixed random ±1 projections of `embedding − centre` (SimHash, Charikar 2002):
-/// two vectors at an angle θ differ in about 64·θ/180° bits.
+/// The signs of 64 fixed random ±1 projections of `embedding`, at unit length, − `centre`
+/// (SimHash, Charikar 2002): two vectors at an angle θ differ in about 64·θ/180° bits.
 ///
 /// `centre` is [`crate::params::Params::centre`]; where it is shorter, nothing is subtracted.
-/// `None` if the embedding is empty, not finite, or equal to the centre. Comparable only under
-/// one model.
+/// `None` if the embedding is empty, not finite, zero, or equal to the centre. Comparable only
+/// under one model.
 pub fn signature(embedding: &[f32], centre: &[f32]) -> Option<u64> {
     let mut sums = [0.0f32; 64];
     let mut size = 0.0f32;
+    let largest = embedding.iter().fold(0.0f32, |max, z| max.max(z.abs()));
+    let square = |z: &f32| (z / largest) * (z / largest);
+    let length = largest * libm::sqrtf(embedding.iter().map(square).sum());
     for (i, &z) in embedding.iter().enumerate() {
-        let z = z - centre.get(i).copied().unwrap_or(0.0);
+        let z = z / length - centre.get(i).copied().unwrap_or(0.0);
         size += z.abs();
         let signs = mix((i as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
         for (bit, sum) in sums.iter_mut().enumerate() {
@@ -171,8 +174,14 @@ mod tests {
         assert!(near(s, n));
         assert!(!near(s, o));
         assert!(cell(s) < 64);
-        assert_eq!(signature(&a, &a), None);
+        let mut unit = [0.0; 64];
+        crate::score::normalise(&a, &mut unit);
+        let off = signature(&a, &unit.map(|x| x * 0.5)).unwrap();
+        assert!(near(off, s), "half of it points the same way");
         assert_eq!(signature(&[], &[]), None);
         assert_eq!(signature(&[f32::NAN], &[]), None);
+        assert_eq!(signature(&[0.0; 3], &[]), None);
+        let bright: Vec<f32> = a.iter().map(|x| x * 1e30).collect();
+        assert!(near(signature(&bright, &[]).unwrap(), s));
     }
 }

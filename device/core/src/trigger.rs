@@ -428,5 +428,4 @@ impl Kind {
 }
 
 #[cfg(test)]
-#[path = "trigger_tests.rs"]
 mod tests;

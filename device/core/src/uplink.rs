@@ -17,81 +17,16 @@
 use flywheel_shared::message::RefusedCode;
 use heapless::{Deque, Vec};
 
-/// Most batches in flight, whatever the configuration says.
-pub const MAX_WINDOW: usize = 8;
+mod config;
+
+pub use config::{MAX_WINDOW, Transport, UplinkConfig};
+
 /// Most actions of one step.
 pub const MAX_ACTIONS: usize = 6;
 /// Longest wait before the preferred transport is probed again, in milliseconds.
 const MAX_PROBE_MS: u64 = 960_000;
 /// A connection that lived this long, or got an acknowledgement, ends the back-off.
 const SETTLED_MS: u64 = 10_000;
-
-/// How bytes travel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Transport {
-    /// A QUIC connection to the cloud.
-    Quic,
-    /// An MQTT broker that the cloud reads from.
-    Mqtt,
-}
-
-impl Transport {
-    /// The name used in reports and configuration.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Quic => "quic",
-            Self::Mqtt => "mqtt",
-        }
-    }
-}
-
-/// How an [`Uplink`] behaves. Times are in milliseconds; those under 1 count as 1.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct UplinkConfig {
-    /// The preferred transport.
-    pub first: Transport,
-    /// What to fall back to, if anything.
-    pub second: Option<Transport>,
-    /// Ceiling of the first back-off.
-    pub base_ms: u64,
-    /// Ceiling of every back-off.
-    pub cap_ms: u64,
-    /// Failures in a row on one transport before the other is tried.
-    pub failures_to_switch: u32,
-    /// Time on the second transport before the first is probed again.
-    pub probe_ms: u64,
-    /// Batches in flight, 1 to [`MAX_WINDOW`].
-    pub window: usize,
-    /// How long the oldest batch in flight may stay unacknowledged.
-    pub ack_timeout_ms: u64,
-    /// How long connecting and being welcomed may take.
-    pub connect_timeout_ms: u64,
-    /// How long a batch waits to fill.
-    pub linger_ms: u64,
-    /// Records in a batch.
-    pub batch_records: u32,
-    /// Bytes in a batch.
-    pub batch_bytes: u32,
-}
-
-impl Default for UplinkConfig {
-    fn default() -> Self {
-        Self {
-            first: Transport::Quic,
-            second: Some(Transport::Mqtt),
-            base_ms: 200,
-            cap_ms: 30_000,
-            failures_to_switch: 3,
-            probe_ms: 60_000,
-            window: 4,
-            ack_timeout_ms: 10_000,
-            connect_timeout_ms: 10_000,
-            linger_ms: 50,
-            batch_records: 64,
-            batch_bytes: 256 * 1024,
-        }
-    }
-}
 
 /// What happened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -203,17 +138,7 @@ pub struct Uplink {
 impl Uplink {
     /// A link that connects at its first step.
     pub fn new(config: UplinkConfig) -> Self {
-        let config = UplinkConfig {
-            base_ms: config.base_ms.max(1),
-            cap_ms: config.cap_ms.max(1),
-            probe_ms: config.probe_ms.max(1),
-            ack_timeout_ms: config.ack_timeout_ms.max(1),
-            connect_timeout_ms: config.connect_timeout_ms.max(1),
-            window: config.window.clamp(1, MAX_WINDOW),
-            batch_records: config.batch_records.max(1),
-            batch_bytes: config.batch_bytes.max(1),
-            ..config
-        };
+        let config = config.legal();
         Self {
             config,
             state: State::Waiting { until_ms: 0 },
@@ -536,5 +461,4 @@ fn push(out: &mut Actions, action: Action) {
 }
 
 #[cfg(test)]
-#[path = "uplink_tests.rs"]
 mod tests;

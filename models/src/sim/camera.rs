@@ -90,20 +90,22 @@ impl Camera {
         for (i, pixel) in self.image.iter_mut().enumerate() {
             let x = ((i % self.size) as f32 + 0.5) * step - 1.0;
             let y = ((i / self.size) as f32 + 0.5) * step - 1.0;
+            let (u, v, across) = pose.plane(x, y);
             let mut sign = [0.0; 4];
-            for (dx, dy) in [
-                (-quarter, -quarter),
-                (quarter, -quarter),
-                (-quarter, quarter),
-                (quarter, quarter),
-            ] {
-                let (u, v) = pose.plane(x + dx, y + dy);
-                board(view, u, v, &mut sign);
+            if near_board(u, v) {
+                // Four samples a pixel, the projection taken as linear within it.
+                for (dx, dy) in [
+                    (-quarter, -quarter),
+                    (quarter, -quarter),
+                    (-quarter, quarter),
+                    (quarter, quarter),
+                ] {
+                    let du = across[0] * dx + across[1] * dy;
+                    let dv = across[2] * dx + across[3] * dy;
+                    board(view, u + du, v + dv, &mut sign);
+                }
             }
-            let lit = 0.25 * nearing * {
-                let (u, v) = pose.plane(x, y);
-                on_sign(light, u, v)
-            };
+            let lit = 0.25 * nearing * on_sign(light, u, v);
             let cover = 0.25 * sign[3];
             let mut behind = [0.0; 3];
             if cover < 0.999 {
@@ -340,9 +342,10 @@ impl Texture {
         if !(x >= 0.0 && y >= 0.0 && x < limit && y < limit) {
             return [0.0; 4];
         }
-        let (xi, yi) = (x as usize, y as usize);
+        // By way of i32: the conversions that every CPU has, and this is the innermost loop.
+        let (xi, yi) = (x as i32, y as i32);
         let (fx, fy) = (x - xi as f32, y - yi as f32);
-        let at = yi * self.side + xi;
+        let at = yi as usize * self.side + xi as usize;
         let (a, b) = (&self.texels[at], &self.texels[at + 1]);
         let (c, d) = (
             &self.texels[at + self.side],
@@ -354,6 +357,12 @@ impl Texture {
             top + (bottom - top) * fy
         })
     }
+}
+
+/// Whether a pixel around (u, v) can show any of [`board`].
+fn near_board(u: f32, v: f32) -> bool {
+    let margin = EXTENT + 0.15;
+    u.abs() < margin && v > -margin && (v < margin || u.abs() < 0.8)
 }
 
 /// Adds what stands at (u, v) of the sign plane: the sign, its plate, its pole.
@@ -437,14 +446,19 @@ impl Pose {
         Self(adjugate(&h))
     }
 
-    fn plane(&self, x: f32, y: f32) -> (f32, f32) {
+    /// The point (u, v) of the plane seen at (x, y), and du/dx, du/dy, dv/dx, dv/dy there.
+    fn plane(&self, x: f32, y: f32) -> (f32, f32, [f32; 4]) {
         let [a, b, c] = &self.0;
-        let w = c[0] * x + c[1] * y + c[2];
-        let inverse = 1.0 / w;
-        (
-            (a[0] * x + a[1] * y + a[2]) * inverse,
-            (b[0] * x + b[1] * y + b[2]) * inverse,
-        )
+        let inverse = 1.0 / (c[0] * x + c[1] * y + c[2]);
+        let u = (a[0] * x + a[1] * y + a[2]) * inverse;
+        let v = (b[0] * x + b[1] * y + b[2]) * inverse;
+        let across = [
+            a[0] - u * c[0],
+            a[1] - u * c[1],
+            b[0] - v * c[0],
+            b[1] - v * c[1],
+        ];
+        (u, v, across.map(|d| d * inverse))
     }
 }
 

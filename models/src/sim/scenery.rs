@@ -292,11 +292,7 @@ pub(super) fn weather_sign(sign: &mut Texture, snowed: bool, dice: &mut Dice) {
         0.0
     };
     let dirt = Field::draw(dice);
-    let snow_line = if snowed {
-        dice.within(0.55, 0.8)
-    } else {
-        f32::INFINITY
-    };
+    let snow_line = dice.within(0.55, 0.8);
     let snow = Field::draw(dice);
     let white = linear([236, 240, 246]);
     let sticker = dice.chance(0.1).then(|| {
@@ -324,9 +320,16 @@ pub(super) fn weather_sign(sign: &mut Texture, snowed: bool, dice: &mut Dice) {
         let at = |k: usize| (k as f32 + 0.5) / side as f32;
         let (u, v) = (at(i % side), at(i / side));
         let alpha = texel[3];
-        let stain = dirty * ((dirt.at(u, v) - 0.45) * 3.0).clamp(0.0, 1.0);
-        // Snow gathers from above, where the field runs high.
-        let cover = ((snow.at(u, v) + 0.35 * (1.0 - 2.0 * v) - snow_line) * 6.0).clamp(0.0, 1.0);
+        let mut stain = 0.0;
+        if dirty > 0.0 {
+            stain = dirty * ((dirt.at(u, v) - 0.45) * 3.0).clamp(0.0, 1.0);
+        }
+        let mut cover = 0.0;
+        if snowed {
+            // Snow gathers from above, where the field runs high.
+            let height = snow.at(u, v) + 0.35 * (1.0 - 2.0 * v);
+            cover = ((height - snow_line) * 6.0).clamp(0.0, 1.0);
+        }
         let stuck = sticker.filter(|((x, y), (c, s), (w, h), _)| {
             let (dx, dy) = ((2.0 * u - 1.0) * EXTENT - x, (2.0 * v - 1.0) * EXTENT - y);
             (dx * c + dy * s).abs() < *w && (dy * c - dx * s).abs() < *h

@@ -15,7 +15,7 @@ fn draw(roads: &mut Roads, frame: u64) -> Vec<u8> {
     rgb
 }
 
-/// Share of frames `0..encounters` (one per encounter, from `first`) for each key.
+/// Share of each key among `n` encounters from `first` on.
 fn shares<K: Ord>(
     roads: &Roads,
     first: u64,

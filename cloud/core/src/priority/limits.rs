@@ -2,7 +2,7 @@
 //! pictures of the same thing.
 
 use super::geometry::{Rows, SAME};
-use super::{Candidate, TRACK_REACH};
+use super::{Candidate, Options};
 use std::collections::BTreeMap;
 
 /// Perceptual hashes within this many bits are of one picture.
@@ -13,6 +13,7 @@ pub(super) struct Limits<'a> {
     candidates: &'a [Candidate<'a>],
     rows: &'a Rows,
     per_track: usize,
+    reach: u64,
     /// Picks by device and frame; several at one frame are counted.
     frames: BTreeMap<&'a str, BTreeMap<u64, usize>>,
     hashes: Vec<u64>,
@@ -21,11 +22,12 @@ pub(super) struct Limits<'a> {
 }
 
 impl<'a> Limits<'a> {
-    pub(super) fn new(candidates: &'a [Candidate<'a>], rows: &'a Rows, per_track: usize) -> Self {
+    pub(super) fn new(candidates: &'a [Candidate<'a>], rows: &'a Rows, options: &Options) -> Self {
         Self {
             candidates,
             rows,
-            per_track: per_track.max(1),
+            per_track: options.per_track.max(1),
+            reach: options.track_reach,
             frames: BTreeMap::new(),
             hashes: Vec::new(),
             picked: Vec::new(),
@@ -61,7 +63,7 @@ impl<'a> Limits<'a> {
             return true;
         };
         let near = |frame: u64| {
-            frames.range(frame.saturating_sub(TRACK_REACH)..=frame.saturating_add(TRACK_REACH))
+            frames.range(frame.saturating_sub(self.reach)..=frame.saturating_add(self.reach))
         };
         let count = |frame: u64| near(frame).map(|(_, n)| n).sum::<usize>();
         // Neither the candidate nor any pick beside it may come to see more than the limit.

@@ -69,7 +69,12 @@ pub(super) fn rank(
         }
         level += 1;
     }
-    picks.extend(super::flywheel::fill(pool, limits, budget - picks.len(), rng));
+    picks.extend(super::flywheel::fill(
+        pool,
+        limits,
+        budget - picks.len(),
+        rng,
+    ));
     picks
 }
 

@@ -375,9 +375,10 @@ impl Queue {
                 holder: holder.clone(),
                 until_ms: *old,
             }),
-            Status::Leased { .. } => {
-                Ok(vec![Event::Released { item }, leased(item, worker, until_ms)])
-            }
+            Status::Leased { .. } => Ok(vec![
+                Event::Released { item },
+                leased(item, worker, until_ms),
+            ]),
             Status::Pending { .. } => Ok(vec![leased(item, worker, until_ms)]),
             done => Err(done_already(item, done)),
         }

@@ -114,7 +114,10 @@ fn claim_takes_a_certain_item_unless_somebody_has_it() {
     q.execute(0, &claim("ann")).unwrap();
     assert!(matches!(
         q.execute(1, &claim("bob")),
-        Err(QueueError::Held { until_ms: MINUTE, .. })
+        Err(QueueError::Held {
+            until_ms: MINUTE,
+            ..
+        })
     ));
     assert_eq!(q.execute(MINUTE, &claim("bob")).unwrap().len(), 2);
     let release = Command::Release {
@@ -148,8 +151,13 @@ fn a_label_stands_until_undone_or_reviewed() {
         q.execute(2, &review("bob", "yield")),
         Err(QueueError::NewClass { .. })
     ));
-    q.execute(2, &Command::AddClass { class: "yield".into() })
-        .unwrap();
+    q.execute(
+        2,
+        &Command::AddClass {
+            class: "yield".into(),
+        },
+    )
+    .unwrap();
     q.execute(3, &review("bob", "yield")).unwrap();
     assert_eq!(q.labels().collect::<Vec<_>>(), [(0, "yield", 3)]);
     let stats = q.stats(3);
@@ -182,7 +190,10 @@ fn a_skip_needs_a_reason_and_ends_the_item() {
     };
     assert!(matches!(
         q.execute(1, &skip(" ")),
-        Err(QueueError::Field { field: "reason", .. })
+        Err(QueueError::Field {
+            field: "reason",
+            ..
+        })
     ));
     q.execute(1, &skip("none of these")).unwrap();
     assert_eq!(q.stats(1).skipped, 1);

@@ -141,10 +141,7 @@ fn a_device_that_is_away_holds_up_the_end_but_not_the_next_wave() {
     set(&mut devices, false);
     assert_eq!(step(&mut rollout, &devices, 1), 3);
     assert_eq!(step(&mut rollout, &devices, 2), 4);
-    assert_eq!(
-        rollout.plan(&devices, 3).state,
-        State::Running { wave: 2 }
-    );
+    assert_eq!(rollout.plan(&devices, 3).state, State::Running { wave: 2 });
     set(&mut devices, true);
     assert_eq!(offers(&rollout.plan(&devices, 4)), [away.as_str()]);
     step(&mut rollout, &devices, 4);
@@ -197,7 +194,8 @@ fn pause_resume_abort_and_bad_policies() {
         change(&mut policy);
         Rollout::start(2, policy, &devices).map(|_| ())
     };
-    let fields: [(fn(&mut Policy), &str); 4] = [
+    type Change = fn(&mut Policy);
+    let fields: [(Change, &str); 4] = [
         (|p| p.canary = Share::Count(0), "canary"),
         (|p| p.canary = Share::Percent(101), "canary"),
         (|p| p.waves = vec![50, 20], "waves"),

@@ -220,8 +220,8 @@ impl Demo {
                 &cloud_dir.to_string_lossy(),
                 "--keys",
                 &keys_dir.to_string_lossy(),
-                "--http",
-                "127.0.0.1:0",
+                "--http-port",
+                "0",
                 "--select",
                 match args.select {
                     Select::Flywheel => "flywheel",
@@ -229,6 +229,8 @@ impl Demo {
                 },
                 "--batch",
                 &args.labels.to_string(),
+                "--track-reach",
+                &world.track_reach.to_string(),
                 "--seed",
                 &args.seed.to_string(),
             ]

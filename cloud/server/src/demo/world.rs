@@ -26,6 +26,8 @@ pub struct World {
     pub late: String,
     /// All classes.
     pub classes: Vec<String>,
+    /// How far apart two frames of one encounter can be.
+    pub track_reach: u64,
     /// Labelled pictures that exist before the first device: where, and how many.
     pub sets: Vec<(Split, String, u64, u64)>,
 }
@@ -84,6 +86,7 @@ impl World {
                 rare: sim::RARE.into_iter().map(class).collect(),
                 late: class(sim::LATE),
                 classes: sim::CLASSES.map(str::to_owned).to_vec(),
+                track_reach: SIM_STRIDE - 1,
                 sets: vec![
                     // The engineer's first drive: a clear day, few of the rare signs.
                     (
@@ -219,6 +222,8 @@ impl World {
             rare: rare.into_iter().map(|(class, _)| class).collect(),
             late,
             classes,
+            // Draws from a set are independent of each other.
+            track_reach: 0,
         })
     }
 

@@ -13,9 +13,6 @@ use super::{Fault, blob};
 use crate::picture::Picture;
 use crate::store::Store;
 
-/// Number of conformal knots in the score parameters that this server fits.
-pub const TABLE: u16 = 64;
-
 /// A loaded model with its buffers.
 pub struct Inference {
     plan: Box<dyn Plan>,

@@ -36,6 +36,8 @@ pub struct Ranking {
     pub strategy: Strategy,
     /// How many items are ranked at a time: about the labels of a round.
     pub batch: usize,
+    /// Frames of one device this far apart at most show one thing; one item of it is ranked.
+    pub track_reach: u64,
     /// Seed of every random choice.
     pub seed: u64,
 }
@@ -417,6 +419,7 @@ impl Labelling {
             &Options {
                 strategy: self.ranking.strategy,
                 budget: self.ranking.batch,
+                track_reach: self.ranking.track_reach,
                 seed: self.ranking.seed ^ known.len() as u64,
                 ..Options::default()
             },

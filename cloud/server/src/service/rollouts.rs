@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use cloud_core::rollout::{Action, Control, Device, Policy, Progress, Report, Rollout, Share, State};
 use ed25519_dalek::SigningKey;
 use flywheel_shared::ids::DeviceId;
-use flywheel_shared::message::{SlotReport, SlotState};
+use flywheel_shared::message::SlotState;
 use flywheel_shared::trust::{MAX_BODY, Offer, Role, TrustError, sign};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
@@ -17,8 +17,8 @@ use tokio::sync::watch;
 use super::registry::{ModelRecord, Registry};
 use super::{Fault, lock, now_ms};
 use crate::api::types::{ProgressView, RolloutRequest, RolloutView};
-use crate::ingest::OfferBytes;
-use crate::store::Store;
+use crate::ingest::{OfferBytes, OwnedSlotReport};
+use crate::store::{Store, StoreError};
 
 const ROLLOUTS: &str = "rollouts";
 /// How long one device may take up one offer: long enough for a slow link to fetch, short enough
@@ -226,7 +226,7 @@ impl Rollouts {
     ///
     /// # Errors
     /// If the store fails.
-    pub fn record(&self, device: &DeviceId, report: &SlotReport<'_>) -> Result<(), Fault> {
+    pub fn record(&self, device: &DeviceId, report: &OwnedSlotReport) -> Result<(), StoreError> {
         let reason = || {
             if report.detail.is_empty() {
                 format!("error {}", report.code)
@@ -324,10 +324,9 @@ impl Rollouts {
         self.changed.send_modify(|version| *version += 1);
     }
 
-    fn save(&self, record: &RolloutRecord) -> Result<(), Fault> {
+    fn save(&self, record: &RolloutRecord) -> Result<(), StoreError> {
         self.store
-            .put(ROLLOUTS, &record.number.to_be_bytes(), record)?;
-        Ok(())
+            .put(ROLLOUTS, &record.number.to_be_bytes(), record)
     }
 
     fn offer_bytes(
@@ -355,10 +354,12 @@ impl Rollouts {
             .map_err(|error| Fault::Internal(format!("the offer does not encode: {error}")))?
             .to_vec();
         Ok(OfferBytes {
-            offer_signature: sign(Role::Rollout, &self.key, &body).to_vec(),
+            offer_signature: sign(Role::Rollout, &self.key, &body),
             offer: body,
             manifest: release.body.clone(),
-            manifest_signature: release.signature.clone(),
+            manifest_signature: release.signature.as_slice().try_into().map_err(|_| {
+                Fault::Internal(format!("the signature of model {} is damaged", model.id))
+            })?,
         })
     }
 }

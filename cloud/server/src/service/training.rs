@@ -212,28 +212,24 @@ impl Stations<'_> {
                 });
             }
         }
-        let mut collect = |set: &[Labelled]| {
-            let mut answers = calibrate::Answers::default();
-            for labelled in set {
-                inference.run(&labelled.picture)?;
-                answers.push(&inference.logits, &inference.embedding, labelled.class);
-            }
-            Ok::<_, Fault>(answers)
-        };
-        let train_answers = collect(train)?;
+        let trained = answers(inference, train)?;
         // Without held-out pictures the training set must do; its scores are too good, so the
         // trigger's own quantiles, not the tables, then keep the budget.
-        let held_out_answers = if held_out.is_empty() {
-            collect(train)?
+        let held = if held_out.is_empty() {
+            answers(inference, train)?
         } else {
-            collect(&held_out)?
+            answers(inference, &held_out)?
         };
-        calibrate::fit(
-            model.classes.len(),
-            model.net.embedding,
-            &train_answers,
-            &held_out_answers,
-        )
+        calibrate::fit(calibrate::FitInput {
+            classes: model.classes.len(),
+            dim: model.net.embedding,
+            embeddings: &trained.embeddings,
+            labels: &trained.labels,
+            held_logits: &held.logits,
+            held_embeddings: &held.embeddings,
+            held_labels: &held.labels,
+            shrinkage: None,
+        })
         .map_err(|error| Fault::Internal(format!("fitting the scores: {error}")))
     }
 
@@ -256,6 +252,28 @@ impl Stations<'_> {
         Picture::decode(codec, width, height, &blob(self.store, digest)?)
             .map_err(|error| Fault::Internal(format!("picture {digest}: {error:#}")))
     }
+}
+
+/// What a model said about a set, row by row.
+struct Answers {
+    logits: Vec<f32>,
+    embeddings: Vec<f32>,
+    labels: Vec<u32>,
+}
+
+fn answers(inference: &mut Inference, set: &[Labelled]) -> Result<Answers, Fault> {
+    let mut answers = Answers {
+        logits: Vec::with_capacity(set.len() * inference.logits.len()),
+        embeddings: Vec::with_capacity(set.len() * inference.embedding.len()),
+        labels: Vec::with_capacity(set.len()),
+    };
+    for labelled in set {
+        inference.run(&labelled.picture)?;
+        answers.logits.extend_from_slice(&inference.logits);
+        answers.embeddings.extend_from_slice(&inference.embedding);
+        answers.labels.push(labelled.class);
+    }
+    Ok(answers)
 }
 
 /// The network for a first model: as large as the pictures up to [`MAX_INPUT`], in colour if any

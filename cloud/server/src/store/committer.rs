@@ -114,9 +114,7 @@ impl Committer {
             self.commit(group);
         }
         // Counters are the only thing that may still be in memory alone.
-        let flushed = self
-            .apply(&[], &[], &[])
-            .and_then(|_| self.index.barrier());
+        let flushed = self.apply(&[], &[], &[]).and_then(|_| self.index.barrier());
         if let Err(error) = flushed {
             tracing::error!(%error, "the index could not be flushed at the end");
         }
@@ -133,7 +131,9 @@ impl Committer {
                 }
             }
         }
-        let selected = self.recover_if_failed().and_then(|()| self.select(&commits));
+        let selected = self
+            .recover_if_failed()
+            .and_then(|()| self.select(&commits));
         let entries = match selected {
             Ok(entries) => entries,
             Err(error) => {

@@ -132,7 +132,9 @@ pub(crate) mod faulty {
     impl DiskFile for FaultyFile {
         fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
             let space = self.faults.space.load(SeqCst);
-            let fits = bytes.len().min(usize::try_from(space).unwrap_or(usize::MAX));
+            let fits = bytes
+                .len()
+                .min(usize::try_from(space).unwrap_or(usize::MAX));
             if space != u64::MAX {
                 self.faults.space.store(space - fits as u64, SeqCst);
             }

@@ -261,8 +261,13 @@ impl<'a> View<'a> {
             path: PathBuf::from("log"),
             why: format!("the entry at position {position} does not decode: {why}"),
         };
-        let (Head::Batch { device, received_ms }, body) =
-            postcard::take_from_bytes(payload).map_err(undecodable)?;
+        let (
+            Head::Batch {
+                device,
+                received_ms,
+            },
+            body,
+        ) = postcard::take_from_bytes(payload).map_err(undecodable)?;
         let batch: message::Batch<'_> = postcard::from_bytes(body).map_err(undecodable)?;
         for (at, record) in message::records(batch.records).enumerate() {
             let record = record.map_err(undecodable)?;
@@ -286,9 +291,11 @@ impl<'a> View<'a> {
                 len: sample.payload.len() as u32,
             };
             let cursor = (position + at as u64).to_be_bytes();
-            self.batch.insert(keyed(BLOB, &meta.blob.0), encode("blobs", &place)?);
+            self.batch
+                .insert(keyed(BLOB, &meta.blob.0), encode("blobs", &place)?);
             self.batch.insert(id_key(&meta.id()), &cursor);
-            self.batch.insert(keyed(BY_CURSOR, &cursor), encode("samples", &meta)?);
+            self.batch
+                .insert(keyed(BY_CURSOR, &cursor), encode("samples", &meta)?);
         }
         Ok(())
     }
@@ -449,5 +456,7 @@ fn id_key(id: &SampleId) -> Vec<u8> {
 }
 
 fn be_u64(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0, |value, byte| value << 8 | u64::from(*byte))
+    bytes
+        .iter()
+        .fold(0, |value, byte| value << 8 | u64::from(*byte))
 }

@@ -175,7 +175,9 @@ impl Log {
         mut visit: impl FnMut(u64, &[u8]) -> Result<(), StoreError>,
     ) -> Result<(), StoreError> {
         let all: Vec<(u64, PathBuf)> = self.segments.with(|map| {
-            let entries = map.iter().map(|(start, segment)| (*start, segment.path.clone()));
+            let entries = map
+                .iter()
+                .map(|(start, segment)| (*start, segment.path.clone()));
             entries.collect()
         });
         for (at, (start, path)) in all.iter().enumerate() {
@@ -279,7 +281,9 @@ fn whole_len(path: &Path, bytes: &[u8]) -> Result<usize, StoreError> {
     loop {
         match envelope::split(rest, MAX_ENTRY) {
             Ok((_, next)) => rest = next,
-            Err(EnvelopeError::Incomplete(_) | EnvelopeError::TooLong | EnvelopeError::Checksum) => {
+            Err(
+                EnvelopeError::Incomplete(_) | EnvelopeError::TooLong | EnvelopeError::Checksum,
+            ) => {
                 return Ok(bytes.len() - rest.len());
             }
         }
@@ -316,7 +320,11 @@ mod tests {
             let read = log.segments().read(*position, payload.len()).unwrap();
             assert_eq!(read, payload);
         }
-        assert_eq!(all(&log, positions[3]).len(), 2, "from a position, inclusive");
+        assert_eq!(
+            all(&log, positions[3]).len(),
+            2,
+            "from a position, inclusive"
+        );
         assert!(log.segments().read(log.end(), 1).is_err());
     }
 
@@ -334,7 +342,11 @@ mod tests {
             let copy = tempfile::tempdir().unwrap();
             fs::write(segment_path(copy.path(), 0), &whole[..cut]).unwrap();
             let mut log = Log::open(Arc::new(RealDisk), copy.path()).unwrap();
-            let kept = ends.iter().filter(|end| **end <= cut).count().saturating_sub(1);
+            let kept = ends
+                .iter()
+                .filter(|end| **end <= cut)
+                .count()
+                .saturating_sub(1);
             let found: Vec<_> = all(&log, 0).into_iter().map(|(_, p)| p).collect();
             assert_eq!(found, payloads(4)[..kept], "cut at {cut}");
             log.append(&[vec![9; 3]]).unwrap();
@@ -407,6 +419,9 @@ mod tests {
         fs::write(&first, bytes).unwrap();
         let log = Log::open(Arc::new(RealDisk), dir.path()).unwrap();
         let error = log.replay(0, |_, _| Ok(())).unwrap_err();
-        assert!(error.to_string().contains("0000000000000000.seg"), "{error}");
+        assert!(
+            error.to_string().contains("0000000000000000.seg"),
+            "{error}"
+        );
     }
 }

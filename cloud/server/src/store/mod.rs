@@ -13,6 +13,9 @@ pub(crate) mod disk;
 mod index;
 mod log;
 mod sample;
+
+#[cfg(test)]
+pub(crate) mod fixtures;
 #[cfg(test)]
 mod tests;
 
@@ -34,7 +37,7 @@ pub use blobs::Blobs;
 pub use committer::{BatchError, Commit};
 pub use sample::{SampleId, SampleIdError, SampleMeta};
 
-use committer::{Committer, Job, Pending, Reply};
+use committer::{Committer, Job, Pending};
 use disk::{Disk, RealDisk};
 use index::Index;
 use log::{Log, Segments};

@@ -110,7 +110,10 @@ impl SampleMeta {
     /// The embedding in its own units.
     pub fn vector(&self) -> Vec<f32> {
         let scale = self.embedding_scale;
-        self.embedding.iter().map(|v| f32::from(*v) * scale).collect()
+        self.embedding
+            .iter()
+            .map(|v| f32::from(*v) * scale)
+            .collect()
     }
 
     /// From the wire. Values that are not finite, which only a faulty device sends, become 0, so
@@ -164,7 +167,15 @@ mod tests {
         assert_eq!(id.to_string(), "cam1-3-17");
         let json = serde_json::to_string(&id).unwrap();
         assert_eq!(serde_json::from_str::<SampleId>(&json).unwrap(), id);
-        for bad in ["", "cam1", "cam1-3", "cam1-3-17-1", "Cam-3-17", "cam1--17", "cam1-3-x"] {
+        for bad in [
+            "",
+            "cam1",
+            "cam1-3",
+            "cam1-3-17-1",
+            "Cam-3-17",
+            "cam1--17",
+            "cam1-3-x",
+        ] {
             assert!(bad.parse::<SampleId>().is_err(), "{bad}");
         }
     }

@@ -43,6 +43,9 @@ pub enum LoadError {
     /// The engine or the golden inputs refuse it.
     #[error(transparent)]
     Runner(#[from] RunnerError),
+    /// The engine panicked on it.
+    #[error("model {0}: the engine panicked; the model is damaged, or the engine has a bug")]
+    Panicked(Digest),
 }
 
 impl LoadError {
@@ -51,7 +54,9 @@ impl LoadError {
         match self {
             Self::Runner(RunnerError::Golden { .. }) => SlotError::Golden,
             Self::Package(PackageError::Io { .. }) => SlotError::Storage,
-            Self::Package(PackageError::Trust { .. }) | Self::Runner(_) => SlotError::Load,
+            Self::Package(PackageError::Trust { .. }) | Self::Runner(_) | Self::Panicked(_) => {
+                SlotError::Load
+            }
         }
     }
 }

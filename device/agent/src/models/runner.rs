@@ -48,7 +48,9 @@ pub enum RunnerError {
         source: ScoreError,
     },
     /// An answer on a golden input is off.
-    #[error("model {model}: golden input {index}: logit {logit} is {found}, signed is {expected} ± {tolerance}")]
+    #[error(
+        "model {model}: golden input {index}: logit {logit} is {found}, signed is {expected} ± {tolerance}"
+    )]
     Golden {
         /// The manifest's digest.
         model: Digest,
@@ -102,7 +104,9 @@ impl Runner {
         let scores = package.part(PartKind::Scores);
         let unusable = |error: ParamsError| part("scores part", format!("is not usable: {error}"));
         let mut params = vec![0.0; Params::len_f32(scores).map_err(unusable)?];
-        let shape = Params::parse(scores, &mut params).map_err(unusable)?.shape();
+        let shape = Params::parse(scores, &mut params)
+            .map_err(unusable)?
+            .shape();
         if usize::from(shape.classes) != plan.classes()
             || usize::from(shape.dim) != plan.embedding_dim()
         {

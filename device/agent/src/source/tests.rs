@@ -41,14 +41,14 @@ fn shares(source: &dyn Source, frames: std::ops::Range<u64>) -> BTreeMap<String,
     shares
 }
 
-/// Writes an idx set of `n` pictures, 4 × 3, whose every pixel is 20 × label + picture number % 20.
+/// Writes an idx set of `n` pictures, 4 × 3, label = number % 10: six pixels of 20 × label, six of
+/// the picture's number.
 fn write_idx(folder: &Path, prefix: &str, n: u8, gzip: bool) {
     let mut images = vec![0, 0, 8, 3, 0, 0, 0, n, 0, 0, 0, 3, 0, 0, 0, 4];
     let mut labels = vec![0, 0, 8, 1, 0, 0, 0, n];
     for i in 0..n {
         let label = i % 10;
         labels.push(label);
-        // The second half of the pixels tells the pictures of one label apart.
         images.extend([20 * label; 6]);
         images.extend([i; 6]);
     }

@@ -11,7 +11,12 @@ use super::{Content, Held, Place, Segment, SegmentId, Spool, SpoolError, disk_er
 pub(super) const SEGMENT: u64 = 1 << 20;
 
 impl Spool {
-    pub(super) fn append(&mut self, key: SampleKey, value: f32, record: &[u8]) -> Result<Place, SpoolError> {
+    pub(super) fn append(
+        &mut self,
+        key: SampleKey,
+        value: f32,
+        record: &[u8],
+    ) -> Result<Place, SpoolError> {
         self.buffer.clear();
         segment::encode(&Entry { key, value, record }, &mut self.buffer);
         let len = self.buffer.len() as u64;

@@ -177,10 +177,7 @@ impl Spool {
         }
         self.sweep();
         self.compact();
-        Pushed {
-            seq: key.seq,
-            lost,
-        }
+        Pushed { seq: key.seq, lost }
     }
 
     fn keep(&mut self, key: SampleKey, value: f32, record: &[u8]) -> Result<(), LossReason> {
@@ -278,7 +275,10 @@ impl Spool {
             seq: self.durable(self.epoch),
         };
         // Losses at the very end that are not on disk are told to nobody yet.
-        let volatile = self.unwritten.range(current..).filter(|key| **key != current);
+        let volatile = self
+            .unwritten
+            .range(current..)
+            .filter(|key| **key != current);
         Pending {
             records: self.unsent.len() - volatile.count().min(self.unsent.len()),
             bytes: self.unsent_bytes,
@@ -341,7 +341,11 @@ impl Spool {
                 Err(error) if is_damage(&error) => {}
                 Err(source) => return Err(disk_error("read", place.segment)(source)),
             }
-            tracing::error!(epoch = key.epoch, seq = key.seq, "a spooled sample no longer matches its checksum; it is booked as lost");
+            tracing::error!(
+                epoch = key.epoch,
+                seq = key.seq,
+                "a spooled sample no longer matches its checksum; it is booked as lost"
+            );
             self.lose(key, LossReason::Corrupt);
             self.sync()?;
         }
@@ -362,9 +366,7 @@ impl Spool {
     /// The bytes of an entry, envelope included; `None` if they are damaged.
     fn read_entry(&self, key: SampleKey, place: Place) -> io::Result<Option<Vec<u8>>> {
         let name = segment::file_name(place.segment.0, place.segment.1);
-        let bytes = self
-            .disk
-            .read_at(&name, place.offset, place.len as usize)?;
+        let bytes = self.disk.read_at(&name, place.offset, place.len as usize)?;
         let good = segment::decode(&bytes).is_some_and(|entry| entry.key == key);
         Ok(good.then_some(bytes))
     }
@@ -402,7 +404,10 @@ impl Spool {
         if let Some(account) = self.accounts.get(&epoch)
             && let Err(error) = self.ledger.put(epoch, account)
         {
-            tracing::warn!(error, "acknowledgements are not stored; the records will be sent again after a restart");
+            tracing::warn!(
+                error,
+                "acknowledgements are not stored; the records will be sent again after a restart"
+            );
         }
         self.sweep();
         in_flight
@@ -423,7 +428,12 @@ impl Spool {
             let flagged = account.flagged;
             let spooled: RangeSet = self
                 .held
-                .range(SampleKey { epoch, seq: 1 }..=SampleKey { epoch, seq: flagged })
+                .range(
+                    SampleKey { epoch, seq: 1 }..=SampleKey {
+                        epoch,
+                        seq: flagged,
+                    },
+                )
                 .map(|(key, _)| key.seq)
                 .collect();
             let spooled = spooled.to_wire();
@@ -472,7 +482,9 @@ impl Spool {
 
     /// Highest number of an epoch that is on disk, or acknowledged.
     fn durable(&self, epoch: u32) -> u32 {
-        self.accounts.get(&epoch).map_or(0, |account| account.flagged)
+        self.accounts
+            .get(&epoch)
+            .map_or(0, |account| account.flagged)
     }
 
     fn hold(&mut self, key: SampleKey, content: Content, place: Option<Place>) {

@@ -34,7 +34,10 @@ fn segments(disk: &dyn Disk) -> Result<Vec<SegmentId>, SpoolError> {
         name: "its folder".to_owned(),
         source,
     })?;
-    let mut ids: Vec<SegmentId> = names.iter().filter_map(|n| segment::parse_name(n)).collect();
+    let mut ids: Vec<SegmentId> = names
+        .iter()
+        .filter_map(|n| segment::parse_name(n))
+        .collect();
     ids.sort_unstable();
     Ok(ids)
 }

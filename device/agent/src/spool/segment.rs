@@ -75,7 +75,11 @@ pub fn encode(entry: &Entry<'_>, out: &mut Vec<u8>) {
 /// Reads the entry that `bytes` consist of; `None` if they are damaged.
 pub fn decode(bytes: &[u8]) -> Option<Entry<'_>> {
     let (payload, rest) = envelope::split(bytes, MAX_MESSAGE).ok()?;
-    if rest.is_empty() { parse(payload) } else { None }
+    if rest.is_empty() {
+        parse(payload)
+    } else {
+        None
+    }
 }
 
 /// Reads a whole file, as far as it can be read.

@@ -54,7 +54,14 @@ impl Disk for Faulty {
     }
 
     fn read(&self, name: &str) -> io::Result<Vec<u8>> {
-        self.with(|store| Ok(store.files.get(name).ok_or(io::ErrorKind::NotFound)?.0.clone()))
+        self.with(|store| {
+            Ok(store
+                .files
+                .get(name)
+                .ok_or(io::ErrorKind::NotFound)?
+                .0
+                .clone())
+        })
     }
 
     fn read_at(&self, name: &str, offset: u64, len: usize) -> io::Result<Vec<u8>> {
@@ -85,7 +92,11 @@ impl Disk for Faulty {
             if let Some(room) = &mut store.room {
                 *room -= written;
             }
-            if written < wanted { Err(full()) } else { Ok(()) }
+            if written < wanted {
+                Err(full())
+            } else {
+                Ok(())
+            }
         })
     }
 
@@ -424,16 +435,28 @@ fn acknowledgements_of_unknown_numbers_change_nothing() {
 
 #[derive(Clone, Debug)]
 enum Step {
-    Push { len: usize, value: f32 },
-    Send { records: usize, bytes: usize },
+    Push {
+        len: usize,
+        value: f32,
+    },
+    Send {
+        records: usize,
+        bytes: usize,
+    },
     /// Acknowledges what was sent, by a mask over the numbers.
-    Ack { mask: u64 },
+    Ack {
+        mask: u64,
+    },
     Unsend,
     Books,
-    DiskFull { room: usize },
+    DiskFull {
+        room: usize,
+    },
     Space,
     Kill,
-    PowerCut { keep: u64 },
+    PowerCut {
+        keep: u64,
+    },
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -474,7 +497,10 @@ impl Cloud {
                     epoch: book.epoch,
                     seq,
                 };
-                let spooled = book.spooled.iter().any(|&(low, high)| low <= seq && seq <= high);
+                let spooled = book
+                    .spooled
+                    .iter()
+                    .any(|&(low, high)| low <= seq && seq <= high);
                 assert!(
                     spooled || self.ingested.contains(&key),
                     "{key:?} is nowhere: {book:?}"

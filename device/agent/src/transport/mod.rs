@@ -87,11 +87,7 @@ impl Connection {
 
     /// Why the connection ended.
     pub fn why(&self) -> String {
-        let reason = self
-            .reason
-            .0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let reason = self.reason.0.lock().unwrap_or_else(PoisonError::into_inner);
         if reason.is_empty() {
             "closed".to_owned()
         } else {
@@ -116,10 +112,7 @@ impl Drop for Connection {
 }
 
 /// Opens a connection of a kind.
-pub async fn connect(
-    kind: Transport,
-    identity: &Identity,
-) -> Result<Connection, ConnectError> {
+pub async fn connect(kind: Transport, identity: &Identity) -> Result<Connection, ConnectError> {
     match kind {
         Transport::Quic => quic::connect(identity).await,
         Transport::Mqtt => mqtt::connect(identity).await,

@@ -77,20 +77,14 @@ fn topics(device: &str) -> (String, String) {
 
 /// Waits for the connection and for the broker's word that the subscription stands; what the cloud
 /// says before that would be lost.
-async fn subscribe(
-    client: &AsyncClient,
-    events: &mut EventLoop,
-    down: &str,
-) -> Result<(), String> {
+async fn subscribe(client: &AsyncClient, events: &mut EventLoop, down: &str) -> Result<(), String> {
     loop {
         match events.poll().await {
             Ok(Event::Incoming(Packet::ConnAck(_))) => client
                 .try_subscribe(down, QoS::AtLeastOnce)
                 .map_err(|error| error.to_string())?,
             Ok(Event::Incoming(Packet::SubAck(answer))) => {
-                let refused = answer
-                    .return_codes
-                    .contains(&SubscribeReasonCode::Failure);
+                let refused = answer.return_codes.contains(&SubscribeReasonCode::Failure);
                 return if refused {
                     Err(format!("the broker refuses the subscription to {down}"))
                 } else {

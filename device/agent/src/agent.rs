@@ -1,0 +1,206 @@
+//! Putting an agent together and ending it in good order.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread;
+
+use device_core::pace::Pace;
+use thiserror::Error;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
+
+use crate::config::Config;
+use crate::identity::{Identity, IdentityError, install_crypto};
+use crate::link::{Link, LinkConfig};
+use crate::models::{Device, Models, ModelsError, Runner};
+use crate::pipeline::{Pipeline, PipelineError};
+use crate::shared::{Shared, Status};
+use crate::source::{self, SourceError};
+use crate::spool::{Folder, Spool, SpoolError, last_epoch};
+use crate::state::{State, StateError};
+
+/// Bytes in a megabyte.
+const MB: u64 = 1_000_000;
+
+/// Why an agent does not run or ended.
+#[derive(Debug, Error)]
+pub enum AgentError {
+    /// The device is not enrolled, or its identity is damaged.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// The database or the lock on the data folder.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The spool.
+    #[error(transparent)]
+    Spool(#[from] SpoolError),
+    /// The spool's folder.
+    #[error("{path}: cannot open the spool: {source}")]
+    SpoolFolder {
+        /// The folder.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The models.
+    #[error(transparent)]
+    Models(#[from] ModelsError),
+    /// The source of frames.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// The frame loop.
+    #[error(transparent)]
+    Pipeline(#[from] PipelineError),
+    /// The operating system gives no threads or signals.
+    #[error("cannot start: {0}")]
+    System(std::io::Error),
+    /// The frame loop died.
+    #[error("the frame loop panicked; this is a bug in the agent")]
+    Panicked,
+}
+
+/// How long an agent runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Until SIGTERM or SIGINT.
+    Forever,
+    /// This many frames from where the source was left, then until everything flagged is
+    /// acknowledged.
+    Once {
+        /// Number of frames.
+        frames: u64,
+    },
+}
+
+/// Runs an agent.
+///
+/// # Errors
+/// [`AgentError`], in words that name the file and what to do.
+pub fn run(config: &Config, mode: Mode) -> Result<(), AgentError> {
+    install_crypto();
+    let identity = Arc::new(Identity::load(&config.data)?);
+    let state = Arc::new(State::open(&config.data)?);
+    let source = source::open(&config.source)?;
+    let (shared, live, epoch) = open(config, &identity, &state)?;
+    tracing::info!(
+        device = %identity.device,
+        epoch,
+        frame = shared.status().progress.frame,
+        source = config.source,
+        engine = config.engine.name(),
+        "agent starts"
+    );
+    let pace = match mode {
+        Mode::Forever => config.pace,
+        Mode::Once { frames } => {
+            let until = shared.status().progress.frame.saturating_add(frames);
+            shared.signal(|signals| signals.run_until = until);
+            Pace::Lockstep
+        }
+    };
+    let pipeline = Pipeline::new(config, pace, source, live, Arc::clone(&shared))?;
+    let settings = LinkConfig {
+        identity,
+        config: config.clone(),
+        epoch,
+        obey_run_until: mode == Mode::Forever,
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("flywheel-link")
+        .enable_all()
+        .build()
+        .map_err(AgentError::System)?;
+    let result = runtime.block_on(drive(settings, Arc::clone(&shared), pipeline, mode));
+    // A proof that is still computing is not waited for.
+    runtime.shutdown_background();
+    state.flush()?;
+    tracing::info!("agent ends");
+    result
+}
+
+/// Opens everything in the data folder that outlives the process.
+fn open(
+    config: &Config,
+    identity: &Identity,
+    state: &Arc<State>,
+) -> Result<(Arc<Shared>, Option<Runner>, u32), AgentError> {
+    let path = config.data.join("spool");
+    let folder = Folder::open(&path).map_err(|source| AgentError::SpoolFolder { path, source })?;
+    let epoch = state.next_epoch(last_epoch(&folder)?)?;
+    let (spool, recovery) = Spool::open(
+        Box::new(folder),
+        state.ledger()?,
+        epoch,
+        u64::from(config.spool.quota_mb) * MB,
+    )?;
+    if recovery.held > 0 {
+        tracing::info!(
+            held = recovery.held,
+            crashed = recovery.crashed,
+            corrupt = recovery.corrupt,
+            "records of earlier starts are in the spool"
+        );
+    }
+    let device = Device {
+        id: identity.device.clone(),
+        hardware: config.hardware.clone(),
+        trust: identity.trust.clone(),
+    };
+    let (models, live) = Models::open(&config.data, Arc::clone(state), device, config.engine)?;
+    let status = Status {
+        progress: state.progress(&config.source)?,
+        held: false,
+        live: models.record().live,
+    };
+    let bytes_up = state.bytes_up()?;
+    let shared = Shared::new(Arc::clone(state), spool, models, status, bytes_up);
+    Ok((Arc::new(shared), live, epoch))
+}
+
+/// Runs both threads until something ends one of them, then ends the other.
+async fn drive(
+    settings: LinkConfig,
+    shared: Arc<Shared>,
+    pipeline: Pipeline,
+    mode: Mode,
+) -> Result<(), AgentError> {
+    let mut terminate = signal(SignalKind::terminate()).map_err(AgentError::System)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(AgentError::System)?;
+    let (stop_link, link_stopped) = oneshot::channel();
+    let (link, mut idle) = Link::new(settings, Arc::clone(&shared));
+    let link = tokio::spawn(link.run(link_stopped));
+    let (ended, mut frames_ended) = oneshot::channel();
+    thread::Builder::new()
+        .name("flywheel-frames".to_owned())
+        .spawn(move || {
+            // Nobody listens only if the process is ending already.
+            let _ = ended.send(pipeline.run());
+        })
+        .map_err(AgentError::System)?;
+
+    let drained = async {
+        match mode {
+            Mode::Forever => std::future::pending().await,
+            // The sender lives as long as the link.
+            Mode::Once { .. } => drop(idle.wait_for(|idle| *idle).await),
+        }
+    };
+    let early = tokio::select! {
+        _ = terminate.recv() => None,
+        _ = interrupt.recv() => None,
+        () = drained => None,
+        result = &mut frames_ended => Some(result),
+    };
+    shared.signal(|signals| signals.stop = true);
+    let result = match early {
+        Some(result) => result,
+        None => frames_ended.await,
+    };
+    let _ = stop_link.send(());
+    let _ = link.await;
+    match result {
+        Ok(result) => result.map_err(AgentError::from),
+        Err(_) => Err(AgentError::Panicked),
+    }
+}

@@ -1,0 +1,158 @@
+//! The command line.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use flywheel_shared::ids::{DeviceId, IdError};
+use tracing_subscriber::EnvFilter;
+
+use crate::agent::{self, Mode};
+use crate::config::Config;
+use crate::enroll::{self, Request};
+
+/// The agent of a Flywheel device.
+#[derive(Debug, Parser)]
+#[command(name = "flywheel-agent", version, about)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Watch a source of frames until SIGTERM or SIGINT, and keep the cloud informed.
+    #[command(
+        after_help = "Example:\n  flywheel-agent run --config /etc/flywheel/agent.toml\n\nFLYWHEEL_LOG sets what is logged to stderr: FLYWHEEL_LOG=debug"
+    )]
+    Run {
+        /// Configuration, TOML.
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+    },
+    /// Take a number of frames, wait until the cloud has everything that was flagged, and end.
+    #[command(after_help = "Example:\n  flywheel-agent once --config agent.toml --frames 500")]
+    Once {
+        /// Configuration, TOML.
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+        /// Number of frames, from where the source was left.
+        #[arg(long, value_name = "N")]
+        frames: u64,
+    },
+    /// Trade a one-time token for an identity.
+    #[command(
+        after_help = "Example:\n  flywheel device enroll        # on the server: prints a token\n  flywheel-agent enroll --url http://127.0.0.1:8080 --token 3f9c… --data /var/lib/flywheel"
+    )]
+    Enroll {
+        /// The server, http://HOST:PORT.
+        #[arg(long)]
+        url: String,
+        /// The one-time token.
+        #[arg(long)]
+        token: String,
+        /// The agent's data folder.
+        #[arg(long, value_name = "DIR")]
+        data: PathBuf,
+        /// Wanted name: 1 to 24 lower-case letters and digits. Without it the server chooses.
+        #[arg(long, value_name = "ID", value_parser = device)]
+        device: Option<DeviceId>,
+        /// Replace an identity that is there.
+        #[arg(long)]
+        force: bool,
+    },
+}
+
+fn device(text: &str) -> Result<DeviceId, IdError> {
+    text.parse()
+}
+
+/// Runs the program with these arguments, the first of which is its name.
+pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
+    run_from(arguments)
+}
+
+/// Runs an agent inside another program: `arguments` begin with a program name, as those of
+/// `main` do. It logs to stderr by `FLYWHEEL_LOG`, unless the program has set up logging itself.
+pub fn run_from(arguments: impl Iterator<Item = OsString>) -> ExitCode {
+    let arguments = match Arguments::try_parse_from(arguments) {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            // Nothing is left to tell if even stderr is closed.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    let filter = EnvFilter::try_from_env("FLYWHEEL_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    // It fails only if logging is set up already.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .try_init();
+    match execute(arguments.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn execute(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Run { config } => agent::run(&Config::read(&config)?, Mode::Forever)?,
+        Command::Once { config, frames } => {
+            agent::run(&Config::read(&config)?, Mode::Once { frames })?;
+        }
+        Command::Enroll {
+            url,
+            token,
+            data,
+            device,
+            force,
+        } => {
+            let device = enroll::enroll(&Request {
+                url,
+                token,
+                data: data.clone(),
+                device,
+                force,
+            })?;
+            println!("enrolled {device} in {}", data.display());
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent_and_every_command_has_an_example() {
+        let mut command = Arguments::command();
+        command.build();
+        for sub in command.get_subcommands_mut() {
+            if sub.get_name() != "help" {
+                let help = sub.render_long_help().to_string();
+                assert!(help.contains("Example:"), "{help}");
+            }
+        }
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn a_bad_device_name_is_refused_on_the_command_line() {
+        let parse = |id: &str| {
+            Arguments::try_parse_from([
+                "a", "enroll", "--url", "u", "--token", "t", "--data", "d", "--device", id,
+            ])
+        };
+        assert!(parse("cam7").is_ok());
+        assert!(parse("Cam/7").is_err());
+    }
+}

@@ -1,0 +1,59 @@
+//! What the image runs on the microcontroller and `firmware-host` on a host, so that their outputs
+//! can be compared byte by byte: an offer is verified, answers are scored, a stream is flagged
+//! under a budget, and a model goes through the slot. The code under test is `flywheel-shared` and
+//! `device-core`, unchanged; this crate only feeds it and prints.
+//!
+//! Every number that is printed is either an integer, an `f32` with five decimals, or a
+//! fingerprint over the bits of many `f32`, which no rounding can hide from.
+#![no_std]
+#![forbid(unsafe_code)]
+
+use core::fmt::{self, Write};
+
+mod flagging;
+mod proving;
+mod report;
+mod scoring;
+pub mod stream;
+mod trusting;
+pub mod vectors;
+
+/// Why a run ended early.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// The output could not be written.
+    Output,
+    /// Something did not hold that must.
+    Broken(&'static str),
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Output => f.write_str("the output could not be written"),
+            Self::Broken(what) => f.write_str(what),
+        }
+    }
+}
+
+impl core::error::Error for Failure {}
+
+impl From<fmt::Error> for Failure {
+    fn from(_: fmt::Error) -> Self {
+        Self::Output
+    }
+}
+
+/// Runs everything and prints it, one fact a line.
+///
+/// # Errors
+/// [`Failure::Output`] if `out` fails; [`Failure::Broken`] if a forgery is believed, a good offer
+/// is not, the budget is exceeded, or the model does not end up live.
+pub fn run(out: &mut impl Write) -> Result<(), Failure> {
+    // The parts are never inlined, so that the stack holds the buffers of one of them at a time.
+    let manifest = trusting::run(out)?;
+    let mut values = [0.0; scoring::VALUES];
+    let params = scoring::run(out, &mut values)?;
+    flagging::run(out, &params)?;
+    proving::run(out, &manifest, &params)
+}

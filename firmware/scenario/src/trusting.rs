@@ -1,0 +1,198 @@
+//! An offer and its manifest are believed once, and not with one bit flipped anywhere, for another
+//! device, too late, or again.
+
+use core::fmt::Write;
+
+use flywheel_shared::ids::DeviceId;
+use flywheel_shared::trust::{
+    Judge, Manifest, Signed, TrustError, Verified, check_part, verify_root,
+};
+
+use crate::Failure::{self, Broken};
+use crate::vectors::UNTIL_MS;
+use crate::vectors::{DEVICE, GOLDEN, HARDWARE, MADE_MS, MANIFEST, OFFER, ROOT, SCORES, SEQUENCE};
+
+/// One bit is flipped in every so many bytes.
+const STRIDE: usize = 8;
+
+/// Prints who is believed and who is refused with which number; returns the believed manifest.
+#[inline(never)] // See `crate::run`.
+pub(crate) fn run(out: &mut impl Write) -> Result<Verified<Manifest<'static>>, Failure> {
+    let root = read(ROOT)?;
+    let trust = verify_root(root).map_err(|_| Broken("the trust root is not believed"))?;
+    let device: DeviceId = DEVICE
+        .parse()
+        .map_err(|_| Broken("a device id is refused"))?;
+    let other: DeviceId = "cam2"
+        .parse()
+        .map_err(|_| Broken("a device id is refused"))?;
+    let judge = Judge {
+        trust: &trust,
+        device: &device,
+        hardware: HARDWARE,
+        floor: SEQUENCE - 1,
+        now_ms: MADE_MS,
+    };
+    let (offer, manifest) = (read(OFFER)?, read(MANIFEST)?);
+    let believed = judge
+        .offer(offer, manifest)
+        .map_err(|_| Broken("a good offer is not believed"))?;
+    writeln!(
+        out,
+        "trust: version {} believes {} {} with {} parts, {}",
+        trust.version,
+        believed.name,
+        believed.sequence,
+        believed.parts.len(),
+        believed.digest()
+    )?;
+
+    let of_root = |body: &[u8]| verify_root(Signed { body, ..root }).err();
+    let of_offer = |body: &[u8]| judge.offer(Signed { body, ..offer }, manifest).err();
+    let of_offer_signature =
+        |signature: &[u8]| judge.offer(Signed { signature, ..offer }, manifest).err();
+    let of_manifest = |body: &[u8]| judge.offer(offer, Signed { body, ..manifest }).err();
+    let of_manifest_signature = |signature: &[u8]| {
+        judge
+            .offer(
+                offer,
+                Signed {
+                    signature,
+                    ..manifest
+                },
+            )
+            .err()
+    };
+    let [scores, golden] = believed.parts.as_slice() else {
+        return Err(Broken("the manifest has other parts"));
+    };
+    let of_scores = |bytes: &[u8]| check_part(scores, bytes).err();
+    let of_golden = |bytes: &[u8]| check_part(golden, bytes).err();
+    let unsigned = &[TrustError::BadSignature];
+    let other_bytes = &[TrustError::WrongDigest];
+    let damage: [Damage<'_>; 7] = [
+        // The root's body holds the key it is checked with: a flipped bit may leave no key.
+        (
+            "root body",
+            root.body,
+            &of_root,
+            &[TrustError::BadSignature, TrustError::BadKey],
+        ),
+        ("offer body", offer.body, &of_offer, unsigned),
+        (
+            "offer signature",
+            offer.signature,
+            &of_offer_signature,
+            unsigned,
+        ),
+        ("manifest body", manifest.body, &of_manifest, unsigned),
+        (
+            "manifest signature",
+            manifest.signature,
+            &of_manifest_signature,
+            unsigned,
+        ),
+        ("scores part", SCORES, &of_scores, other_bytes),
+        ("golden part", GOLDEN, &of_golden, other_bytes),
+    ];
+    for case in damage {
+        flipped(out, case)?;
+    }
+
+    let of = |judge: Judge<'_>| judge.offer(offer, manifest).err();
+    let refusals = [
+        (
+            "a manifest as an offer",
+            judge.offer(manifest, manifest).err(),
+            TrustError::BadSignature,
+        ),
+        (
+            "another device",
+            of(Judge {
+                device: &other,
+                ..judge
+            }),
+            TrustError::WrongDevice,
+        ),
+        (
+            "other hardware",
+            of(Judge {
+                hardware: "rp2350",
+                ..judge
+            }),
+            TrustError::WrongHardware,
+        ),
+        (
+            "a millisecond late",
+            of(Judge {
+                now_ms: UNTIL_MS + 1,
+                ..judge
+            }),
+            TrustError::Expired,
+        ),
+        (
+            "the model it has",
+            of(Judge {
+                floor: SEQUENCE,
+                ..judge
+            }),
+            TrustError::Rollback,
+        ),
+    ];
+    for (name, error, expected) in refusals {
+        if error != Some(expected) {
+            return Err(Broken("a bad offer is not refused, or for another reason"));
+        }
+        let code = expected.code();
+        writeln!(out, "trust: {name}: refused with {code}, {expected}")?;
+    }
+    Ok(believed)
+}
+
+fn read(bytes: &'static [u8]) -> Result<Signed<'static>, Failure> {
+    match postcard::take_from_bytes(bytes) {
+        Ok((signed, [])) => Ok(signed),
+        _ => Err(Broken("a signed vector does not decode")),
+    }
+}
+
+/// A name, intact bytes, why a copy of them is refused (`None`: it is not), and the possible
+/// reasons.
+type Damage<'a> = (
+    &'a str,
+    &'a [u8],
+    &'a dyn Fn(&[u8]) -> Option<TrustError>,
+    &'a [TrustError],
+);
+
+/// Flips bits, one at a time; every copy must be refused for one of the expected reasons, and the
+/// intact bytes must not.
+fn flipped(out: &mut impl Write, case: Damage<'_>) -> Result<(), Failure> {
+    let (name, bytes, refused, expected) = case;
+    if refused(bytes).is_some() {
+        return Err(Broken("intact bytes are not believed"));
+    }
+    let mut buffer = [0u8; SCORES.len()];
+    let copy = buffer
+        .get_mut(..bytes.len())
+        .ok_or(Broken("a vector is longer than its copy"))?;
+    copy.copy_from_slice(bytes);
+    let mut counts = [0u32; 2];
+    for at in (0..copy.len()).step_by(STRIDE) {
+        let bit = 1 << (at / STRIDE % 8);
+        copy[at] ^= bit;
+        let error = refused(copy).ok_or(Broken("a flipped bit is believed"))?;
+        copy[at] ^= bit;
+        let known = expected.iter().position(|&known| known == error);
+        let count = known.and_then(|index| counts.get_mut(index));
+        *count.ok_or(Broken("a flipped bit is refused for another reason"))? += 1;
+    }
+    for (error, count) in expected.iter().zip(counts) {
+        writeln!(
+            out,
+            "trust: {name}: {count} flipped bits refused with {}, {error}",
+            error.code()
+        )?;
+    }
+    Ok(())
+}

@@ -1,0 +1,7 @@
+//! The `flywheel` program, built for the tests of this package.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    flywheel::cli::main()
+}

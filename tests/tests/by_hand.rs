@@ -1,0 +1,320 @@
+//! The README's walk-through: every station by hand against a running server, and what each says
+//! to bad input.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use flywheel_agent::source::{self, FrameBuf, Read};
+use flywheel_tests::{Background, Flywheel, wait_until};
+
+struct Cloud {
+    flywheel: Flywheel,
+    server: Background,
+    dir: tempfile::TempDir,
+}
+
+impl Cloud {
+    fn start() -> Result<Self> {
+        let flywheel = Flywheel::new(env!("CARGO_BIN_EXE_flywheel-under-test"));
+        let dir = tempfile::tempdir()?;
+        let keys = dir.path().join("keys");
+        flywheel.succeed(&["key", "init", "--dir", &keys.to_string_lossy()])?;
+        let server = start_server(&flywheel, dir.path())?;
+        Ok(Self {
+            flywheel,
+            server,
+            dir,
+        })
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.dir.path().join(name).to_string_lossy().into_owned()
+    }
+
+    fn data(&self) -> String {
+        self.path("cloud")
+    }
+
+    fn run(&self, args: &[&str]) -> Result<String> {
+        self.flywheel
+            .succeed(&[args, &["--data", &self.data()]].concat())
+    }
+
+    fn json(&self, args: &[&str]) -> Result<serde_json::Value> {
+        self.flywheel
+            .json(&[args, &["--data", &self.data()]].concat())
+    }
+
+    fn fail(&self, code: i32, args: &[&str]) -> Result<String> {
+        self.flywheel
+            .fail(code, &[args, &["--data", &self.data()]].concat())
+    }
+}
+
+fn start_server(flywheel: &Flywheel, dir: &Path) -> Result<Background> {
+    let data = dir.join("cloud");
+    let server = flywheel.start(
+        &[
+            "serve",
+            "--data",
+            &data.to_string_lossy(),
+            "--keys",
+            &dir.join("keys").to_string_lossy(),
+            "--http-port",
+            "0",
+        ],
+        &dir.join("server.log"),
+    )?;
+    wait_until("the server answers", || {
+        Ok(flywheel
+            .run(&["device", "ls", "--data", &data.to_string_lossy()])?
+            .status
+            .success())
+    })
+    .with_context(|| std::fs::read_to_string(dir.join("server.log")).unwrap_or_default())?;
+    Ok(server)
+}
+
+/// Writes pictures of a source into one folder for each class.
+fn pictures(uri: &str, count: u64, dir: &Path) -> Result<()> {
+    let mut source = source::open(uri)?;
+    let mut frame = FrameBuf::new();
+    for index in (0..count).map(|at| at * 5) {
+        ensure!(source.read(index, &mut frame)? == Read::Frame);
+        let class = source.truth(index).context("no truth")?;
+        let folder = dir.join(class);
+        std::fs::create_dir_all(&folder)?;
+        let picture = flywheel::picture::Picture {
+            width: frame.meta.width,
+            height: frame.meta.height,
+            channels: frame.meta.channels,
+            pixels: frame.pixels.clone(),
+        };
+        std::fs::write(folder.join(format!("{index}.png")), picture.to_png()?)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn every_station_works_by_hand() -> Result<()> {
+    let mut cloud = Cloud::start()?;
+    let dir = cloud.dir.path().to_owned();
+
+    // What people have at the start: labelled pictures of a clear day, and a set to judge by.
+    pictures("sim:roads?seed=1&conditions=clear-day", 400, &dir.join("train"))?;
+    pictures("sim:roads?seed=2&mix=balanced", 180, &dir.join("golden"))?;
+    cloud.run(&["dataset", "import", &cloud.path("train"), "--split", "train"])?;
+    cloud.run(&["dataset", "import", &cloud.path("golden"), "--split", "golden"])?;
+    let again = cloud.json(&["dataset", "import", &cloud.path("golden"), "--split", "golden"])?;
+    assert_eq!(again["imported"], 0);
+    assert_eq!(again["known"], 180);
+
+    let dataset = cloud.json(&["dataset", "freeze"])?;
+    let dataset = dataset["id"].as_str().context("no dataset id")?.to_owned();
+    assert!(cloud.run(&["dataset", "ls"])?.contains(&dataset[..12]));
+    let model = cloud.json(&["train", "--dataset", &dataset[..10], "--steps", "150"])?;
+    let model = model["id"].as_str().context("no model id")?.to_owned();
+
+    // Not evaluated yet: promotion is refused and says what to do.
+    let keys = cloud.path("keys");
+    let refused = cloud.fail(1, &["model", "promote", &model, "--keys", &keys])?;
+    assert!(refused.contains("flywheel eval"), "{refused}");
+    let judged = cloud.json(&["eval", &model[..10], "--rare", "children"])?;
+    assert_eq!(judged["report"]["items"], 180);
+    cloud.run(&["model", "promote", &model[..10], "--keys", &keys])?;
+    assert!(cloud.run(&["model", "ls"])?.contains("champion"));
+    assert!(cloud.run(&["model", "show", "champion"])?.contains("recall"));
+
+    // No device yet: the rollout is refused and says what to do.
+    let refused = cloud.fail(1, &["rollout", "start", &model[..10]])?;
+    assert!(refused.contains("enrol"), "{refused}");
+
+    let device = Device::enroll(&cloud, "cam1", "pace = \"max\"")?;
+    let mut agent = device.start(&cloud)?;
+    wait_until("the device is known", || {
+        Ok(cloud.json(&["device", "show", "cam1"])?["frame"].as_u64() > Some(0))
+    })?;
+    cloud.run(&["rollout", "start", &model[..10], "--policy", "canary"])?;
+    let watched = cloud.run(&["rollout", "watch"])?;
+    assert!(watched.contains("confirmed"), "{watched}");
+    assert!(cloud.run(&["rollout", "status"])?.contains("cam1"));
+    let ended = cloud.fail(1, &["rollout", "abort", "1", "--reason", "test"])?;
+    assert!(ended.contains("ended"), "{ended}");
+
+    // Samples arrive and are labelled.
+    wait_until("there is something to label", || {
+        Ok(cloud.json(&["queue", "stats"])?["pending"].as_u64() >= Some(5))
+    })?;
+    let items = cloud.json(&["queue", "next", "--worker", "ann", "--count", "3"])?;
+    let number = |at: usize| items[at]["id"].as_u64().map(|id| id.to_string());
+    let (first, second) = (number(0).context("no item")?, number(1).context("no item")?);
+    let stolen = cloud.fail(1, &["queue", "label", &first, "stop", "--worker", "bob"])?;
+    assert!(stolen.contains("not leased to bob"), "{stolen}");
+    cloud.run(&["queue", "label", &first, "stop", "--worker", "ann"])?;
+    let twice = cloud.fail(1, &["queue", "label", &first, "stop", "--worker", "ann"])?;
+    assert!(twice.contains("already"), "{twice}");
+    cloud.run(&["queue", "skip", &second, "--reason", "too dark", "--worker", "ann"])?;
+    assert!(cloud.run(&["queue", "ls", "--state", "labelled"])?.contains("stop"));
+    let shown = cloud.run(&["queue", "next", "--worker", "ann"])?;
+    assert!(shown.contains("/v1/pictures/"), "{shown}");
+
+    // A server that is killed and started again has lost none of it.
+    cloud.server.kill();
+    cloud.server = start_server(&cloud.flywheel, &dir)?;
+    let stats = cloud.json(&["queue", "stats"])?;
+    assert_eq!(stats["labelled"], 1);
+    assert_eq!(stats["skipped"], 1);
+    let next = cloud.json(&["dataset", "freeze"])?;
+    let next = next["id"].as_str().context("no dataset id")?.to_owned();
+    let diff = cloud.json(&["dataset", "diff", &dataset, &next])?;
+    assert_eq!(diff["added"], 1);
+
+    // The agent goes on by itself, and the books balance while it runs.
+    assert!(agent.is_running());
+    wait_until("the audit balances", || {
+        Ok(cloud.json(&["audit"])?["balanced"] == true)
+    })?;
+
+    // A revoked device is refused.
+    cloud.run(&["device", "revoke", "cam1"])?;
+    assert!(cloud.run(&["device", "ls"])?.contains("revoked"));
+    wait_until("the revoked device is cut off", || {
+        Ok(cloud.json(&["device", "show", "cam1"])?["transport"].is_null())
+    })?;
+    Ok(())
+}
+
+struct Device {
+    config: String,
+    log: std::path::PathBuf,
+}
+
+impl Device {
+    fn enroll(cloud: &Cloud, id: &str, extra: &str) -> Result<Self> {
+        let data = cloud.dir.path().join(id);
+        let token = cloud.run(&["device", "enroll", "--device", id])?;
+        let address = std::fs::read_to_string(Path::new(&cloud.data()).join("api-address"))?;
+        let enroll = |token: &str| {
+            cloud.flywheel.run(&[
+                "agent",
+                "enroll",
+                "--url",
+                address.trim(),
+                "--token",
+                token,
+                "--data",
+                &data.to_string_lossy(),
+                "--device",
+                id,
+            ])
+        };
+        let wrong = enroll("0123456789abcdef0123456789abcdef")?;
+        assert!(!wrong.status.success());
+        let output = enroll(token.trim())?;
+        ensure!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        let config = cloud.dir.path().join(format!("{id}.toml"));
+        std::fs::write(
+            &config,
+            format!(
+                "data = {:?}\nsource = \"sim:roads?seed=3\"\n{extra}\nhealth_interval_ms = 200\n",
+                data.to_string_lossy()
+            ),
+        )?;
+        Ok(Self {
+            config: config.to_string_lossy().into_owned(),
+            log: cloud.dir.path().join(format!("{id}.log")),
+        })
+    }
+
+    fn start(&self, cloud: &Cloud) -> Result<Background> {
+        cloud
+            .flywheel
+            .start(&["agent", "run", "--config", &self.config], &self.log)
+    }
+}
+
+#[test]
+fn bad_input_gets_a_clear_error() -> Result<()> {
+    let cloud = Cloud::start()?;
+    let dir = cloud.dir.path();
+
+    // A second server on the same data folder.
+    let second = cloud.flywheel.fail(
+        1,
+        &["serve", "--data", &cloud.data(), "--keys", &cloud.path("keys"), "--http-port", "0"],
+    )?;
+    assert!(second.contains("cloud") && second.contains("in use"), "{second}");
+
+    // A wrong token, no token, no server.
+    let address = std::fs::read_to_string(dir.join("cloud/api-address"))?;
+    let wrong = cloud
+        .flywheel
+        .fail(5, &["queue", "ls", "--server", address.trim(), "--token", "guess"])?;
+    assert!(wrong.contains("token"), "{wrong}");
+    let none = cloud.flywheel.fail(5, &["queue", "ls"])?;
+    assert!(none.contains("FLYWHEEL_TOKEN"), "{none}");
+    let nobody = cloud
+        .flywheel
+        .fail(4, &["queue", "ls", "--server", "http://127.0.0.1:1", "--token", "x"])?;
+    assert!(nobody.contains("127.0.0.1:1"), "{nobody}");
+
+    // A corrupt picture, and one that would leak from the golden set into training.
+    let train = dir.join("train/stop");
+    std::fs::create_dir_all(&train)?;
+    std::fs::write(train.join("bad.png"), b"\x89PNG\r\n\x1a\nnot really")?;
+    let corrupt = cloud.fail(1, &["dataset", "import", &cloud.path("train"), "--split", "train"])?;
+    assert!(corrupt.contains("bad.png") && corrupt.contains("damaged"), "{corrupt}");
+    pictures("sim:roads?seed=5", 1, &dir.join("one"))?;
+    cloud.run(&["dataset", "import", &cloud.path("one"), "--split", "golden"])?;
+    let leak = cloud.fail(1, &["dataset", "import", &cloud.path("one"), "--split", "train"])?;
+    assert!(leak.contains("one set only"), "{leak}");
+
+    // Names that do not exist.
+    for args in [
+        &["model", "show", "abc"][..],
+        &["dataset", "show", "abc"],
+        &["train", "--dataset", "abc"],
+        &["rollout", "status"],
+        &["device", "show", "cam9"],
+        &["queue", "label", "99", "stop"],
+    ] {
+        let unknown = cloud.fail(1, args)?;
+        assert!(!unknown.contains("panicked"), "{unknown}");
+    }
+    let usage = cloud.flywheel.fail(2, &["queue", "label", "x", "stop"])?;
+    assert!(usage.contains("invalid value"), "{usage}");
+
+    // A configuration with an unknown key.
+    let device = Device::enroll(&cloud, "cam2", "sauce = \"sim:roads\"")?;
+    let unknown = cloud
+        .flywheel
+        .run(&["agent", "run", "--config", &device.config])?;
+    let text = String::from_utf8_lossy(&unknown.stderr);
+    assert!(!unknown.status.success());
+    assert!(text.contains("sauce") && text.contains("cam2.toml"), "{text}");
+    Ok(())
+}
+
+#[test]
+fn the_api_describes_itself() -> Result<()> {
+    let cloud = Cloud::start()?;
+    let client = flywheel::client::Client::from_data(Path::new(&cloud.data()))?;
+    let document: serde_json::Value = client.get("/openapi.json")?;
+    let paths = document["paths"].as_object().context("no paths")?;
+    for path in [
+        "/v1/enroll",
+        "/v1/queue/next",
+        "/v1/queue/label",
+        "/v1/train",
+        "/v1/models/{id}/promote",
+        "/v1/rollouts",
+        "/v1/audit",
+    ] {
+        assert!(paths.contains_key(path), "{path} is not described");
+    }
+    Ok(())
+}
