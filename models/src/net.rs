@@ -91,7 +91,7 @@ impl NetConfig {
     /// memory traffic than they are worth in accuracy; images above 40 pixels are halved once
     /// more, so that 64-pixel images cost about as much as 32-pixel ones.
     pub fn stages(&self) -> [Stage; 4] {
-        let second = if self.width.max(self.height) > 40 {
+        let third = if self.width.max(self.height) > 40 {
             2
         } else {
             1
@@ -102,17 +102,11 @@ impl NetConfig {
             kernel,
             stride,
         };
-        // SCRATCH
-        if let Ok(spec) = std::env::var("FW_STAGES") {
-            let v: Vec<Vec<usize>> = spec.split(',').map(|s| s.split(':').map(|x| x.parse().unwrap()).collect()).collect();
-            let mut prev = self.channels;
-            return [0, 1, 2, 3].map(|i| { let s = stage(prev, v[i][0], v[i][1], v[i][2]); prev = v[i][0]; s });
-        }
         [
             stage(self.channels, 32, 5, 2),
-            stage(32, 32, 3, second),
             stage(32, 64, 3, 2),
-            stage(64, 96, 3, 2),
+            stage(64, 96, 3, third),
+            stage(96, 128, 3, 2),
         ]
     }
 

@@ -4,16 +4,20 @@
 //! again, because sample numbers are counted per id, and a second device starting over at 1 would
 //! have its samples taken for repetitions.
 
+mod error;
+
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use cloud_core::audit::{self, Ledger};
 use cloud_core::ranges::RangeSet;
-use flywheel_shared::ids::{DEVICE_ID_MAX, DeviceId, Digest, IdError};
+use flywheel_shared::ids::{DEVICE_ID_MAX, DeviceId, Digest};
 use serde::{Deserialize, Serialize};
 
+pub use error::FleetError;
+
 use crate::ingest::{OwnedBook, OwnedHealth, OwnedSlotReport, Transport};
-use crate::pki::{Pki, PkiError};
+use crate::pki::Pki;
 use crate::store::{Batch, Store, StoreError, Traffic};
 
 const DEVICES: &str = "devices";
@@ -23,63 +27,6 @@ const SLOTS: &str = "slots";
 const BOOKS: &str = "books";
 /// Longest prefix of a grant: what is made up behind it has 12 characters.
 const MAX_PREFIX: usize = DEVICE_ID_MAX - 12;
-
-/// Why something about a device was not done.
-#[derive(Debug, thiserror::Error)]
-pub enum FleetError {
-    /// There is no such token.
-    #[error("the enrolment token is unknown; make one with `flywheel device enroll`")]
-    UnknownToken,
-    /// The token is too old.
-    #[error("the enrolment token has expired; make a new one with `flywheel device enroll`")]
-    ExpiredToken,
-    /// The token was used, by another key.
-    #[error("the enrolment token was used already, for device {0}; each is good for one device")]
-    UsedToken(DeviceId),
-    /// The token does not allow this id.
-    #[error("the enrolment token does not allow the device id {id:?}: {why}")]
-    NotAllowed {
-        /// The id that was asked for.
-        id: String,
-        /// What it allows.
-        why: String,
-    },
-    /// The id is not one.
-    #[error("{id:?} is not a device id: {why}")]
-    BadId {
-        /// The text.
-        id: String,
-        /// What is wrong with it.
-        why: IdError,
-    },
-    /// The id is in use, or was.
-    #[error("the device id {0} is taken; ids are never given out twice, choose another")]
-    Taken(DeviceId),
-    /// There is no such device.
-    #[error("there is no device {0}")]
-    UnknownDevice(DeviceId),
-    /// The system gave no random bytes.
-    #[error("the system's random source failed: {0}")]
-    Random(String),
-    /// No certificate could be issued.
-    #[error(transparent)]
-    Pki(#[from] PkiError),
-    /// It could not be stored.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-}
-
-impl FleetError {
-    /// Whether the caller asked for something that is not allowed, rather than something being
-    /// wrong with the server.
-    pub fn is_refusal(&self) -> bool {
-        match self {
-            Self::Random(_) | Self::Store(_) => false,
-            Self::Pki(error) => matches!(error, PkiError::Request(_)),
-            _ => true,
-        }
-    }
-}
 
 /// What an enrolment token allows.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -365,6 +312,11 @@ impl Fleet {
             .entry(device.clone())
             .or_default()
             .last_seen_ms = Some(now_ms);
+    }
+
+    /// When a device was last heard since the server started, Unix milliseconds.
+    pub fn last_seen(&self, device: &DeviceId) -> Option<u64> {
+        self.lock_presence().get(device)?.last_seen_ms
     }
 
     /// Notes how a device is connected, or that it is not any more.

@@ -1,5 +1,6 @@
 //! Putting an agent together and ending it in good order.
 
+use std::future::Future;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
@@ -72,11 +73,31 @@ pub enum Mode {
     },
 }
 
-/// Runs an agent.
+/// Runs an agent until SIGTERM or SIGINT, or until `mode` is fulfilled.
 ///
 /// # Errors
 /// [`AgentError`], in words that name the file and what to do.
 pub fn run(config: &Config, mode: Mode) -> Result<(), AgentError> {
+    run_until(config, mode, async {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        Ok(())
+    })
+}
+
+/// Runs an agent until `stop` completes, or until `mode` is fulfilled; then it takes its leave.
+///
+/// # Errors
+/// As [`run`], and that of `stop`.
+pub fn run_until(
+    config: &Config,
+    mode: Mode,
+    stop: impl Future<Output = std::io::Result<()>>,
+) -> Result<(), AgentError> {
     install_crypto();
     let identity = Arc::new(Identity::load(&config.data)?);
     let state = Arc::new(State::open(&config.data)?);
@@ -111,7 +132,7 @@ pub fn run(config: &Config, mode: Mode) -> Result<(), AgentError> {
         .enable_all()
         .build()
         .map_err(AgentError::System)?;
-    let result = runtime.block_on(drive(settings, Arc::clone(&shared), pipeline, mode));
+    let result = runtime.block_on(drive(settings, Arc::clone(&shared), pipeline, mode, stop));
     // A proof that is still computing is not waited for.
     runtime.shutdown_background();
     state.flush()?;
@@ -164,9 +185,8 @@ async fn drive(
     shared: Arc<Shared>,
     pipeline: Pipeline,
     mode: Mode,
+    stop: impl Future<Output = std::io::Result<()>>,
 ) -> Result<(), AgentError> {
-    let mut terminate = signal(SignalKind::terminate()).map_err(AgentError::System)?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(AgentError::System)?;
     let (stop_link, link_stopped) = oneshot::channel();
     let (link, mut idle) = Link::new(settings, Arc::clone(&shared));
     let link = tokio::spawn(link.run(link_stopped));
@@ -186,9 +206,12 @@ async fn drive(
             Mode::Once { .. } => drop(idle.wait_for(|idle| *idle).await),
         }
     };
+    let mut stopped = Ok(());
     let early = tokio::select! {
-        _ = terminate.recv() => None,
-        _ = interrupt.recv() => None,
+        result = stop => {
+            stopped = result;
+            None
+        }
         () = drained => None,
         result = &mut frames_ended => Some(result),
     };
@@ -200,7 +223,8 @@ async fn drive(
     let _ = stop_link.send(());
     let _ = link.await;
     match result {
-        Ok(result) => result.map_err(AgentError::from),
-        Err(_) => Err(AgentError::Panicked),
+        Ok(result) => result?,
+        Err(_) => return Err(AgentError::Panicked),
     }
+    stopped.map_err(AgentError::System)
 }

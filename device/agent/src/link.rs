@@ -86,9 +86,10 @@ impl Link {
         // Only the jitter of reconnects hangs on this.
         let mut rng = ChaCha8Rng::seed_from_u64(config.seed);
         rng.set_stream(u64::from(settings.epoch));
+        let installer = Installer::new(lock(&shared.models).loader());
         let link = Self {
             reporter: Reporter::new(config, settings.epoch, now),
-            installer: Installer::new(lock(&shared.models).loader()),
+            installer,
             shared,
             identity: settings.identity,
             epoch: settings.epoch,
@@ -136,7 +137,7 @@ impl Link {
         let now = Instant::now();
         let due = self
             .wake
-            .min(self.reporter.due())
+            .min(self.reporter.due(self.uplink.is_online()))
             .min(self.installer.due(now))
             .min(now + LONGEST_SLEEP);
         let message = async {
@@ -357,7 +358,6 @@ impl Link {
                 self.reporter.new_connection();
                 self.installer.new_connection();
                 self.drive(Event::Welcomed).await;
-                self.drive(Event::HealthDue).await;
             }
             Down::Ack(ack) => {
                 let records = lock(&self.shared.spool).ack(ack.epoch, &ack.ranges);

@@ -369,7 +369,7 @@ impl Trigger {
             let rate = account.earning
                 * self.config.budget_ratio
                 * (frame.frame_bytes as f32 / frame.cost.max(1) as f32)
-                * (2.0 * fullness).max(0.25);
+                * (4.0 * fullness * fullness).max(0.25);
             account.threshold.aim((1.0 - rate).clamp(0.5, 0.9995));
             let threshold = account.threshold.value().unwrap_or(1.0);
             account.threshold.observe(damped);

@@ -245,15 +245,23 @@ fn whitening(rows: impl Iterator<Item = Row>) -> Square {
             };
         }
     }
-    let mut inverse = [[0.0; DIM]; DIM];
-    for j in 0..DIM {
-        for i in j..DIM {
-            let known: f64 = (j..i).map(|k| factor[i][k] * inverse[k][j]).sum();
-            let unit = f64::from(u8::from(i == j));
-            inverse[i][j] = (unit - known) / factor[i][i];
-        }
+    let columns: Square = std::array::from_fn(|j| {
+        solve(
+            &factor,
+            &std::array::from_fn(|i| f64::from(u8::from(i == j))),
+        )
+    });
+    std::array::from_fn(|i| std::array::from_fn(|j| columns[j][i]))
+}
+
+/// x with L·x = b, L lower triangular.
+fn solve(matrix: &Square, b: &Row) -> Row {
+    let mut x = [0.0; DIM];
+    for i in 0..DIM {
+        let known: f64 = (0..i).map(|k| matrix[i][k] * x[k]).sum();
+        x[i] = (b[i] - known) / matrix[i][i];
     }
-    inverse
+    x
 }
 
 #[cfg(test)]

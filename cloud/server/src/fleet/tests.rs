@@ -1,4 +1,5 @@
 use super::*;
+use crate::pki::PkiError;
 use crate::store::fixtures::{loss, sample, unsigned};
 use crate::store::{Commit, Store};
 use rcgen::{CertificateParams, KeyPair, PKCS_ED25519};

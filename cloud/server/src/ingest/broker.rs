@@ -1,6 +1,6 @@
 //! The embedded MQTT broker (rumqttd), for fleets that one machine serves.
 //!
-//! Two listeners: TLS for devices, where rumqttd takes the organisation of the client certificate
+//! Two ways in: TLS for devices (behind a [porter](super::porter)), where rumqttd takes the organisation of the client certificate
 //! as the tenant and keeps every topic and filter under `/tenants/{organisation}/` (its feature
 //! `validate-tenant-prefix`); and a plain one on the loopback interface for the server itself,
 //! which has no tenant and is therefore guarded by a password made up at every start. The broker
@@ -9,19 +9,25 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::thread;
+use std::time::Duration;
 
 use rumqttd::{
     Broker, Config, ConnectionSettings, RouterConfig, SegmentConfig, ServerSettings, TlsConfig,
 };
 
 use super::mqtt::MAX_PACKET;
+use super::porter;
 use crate::pki::PkiPaths;
 
 const UP: &str = "/tenants/+/up";
 const USER: &str = "flywheel";
 const MAX_CONNECTIONS: usize = 10_000;
+/// TLS listeners behind the porter: handshakes at the same time.
+const DOORS: usize = 4;
+/// Time for a TLS handshake and the broker's answer.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Where and as whom the broker listens.
 #[derive(Clone, Debug)]
@@ -72,14 +78,31 @@ pub fn start(options: &BrokerOptions) -> Result<LocalBroker, BrokerError> {
     if !options.local.ip().is_loopback() {
         return Err(BrokerError::NotLocal(options.local));
     }
+    let refused = |address| move |error| BrokerError::Listen { address, error };
+    let outside = TcpListener::bind(options.listen).map_err(refused(options.listen))?;
+    outside.set_nonblocking(true).map_err(BrokerError::Thread)?;
     // The broker's threads only log what goes wrong, so it is tried here first.
-    for address in [options.listen, options.local] {
-        TcpListener::bind(address).map_err(|error| BrokerError::Listen { address, error })?;
-    }
+    drop(TcpListener::bind(options.local).map_err(refused(options.local))?);
+    let doors = free_ports().map_err(refused((Ipv4Addr::LOCALHOST, 0).into()))?;
     let mut password = [0; 16];
     getrandom::fill(&mut password).map_err(|error| BrokerError::Random(error.to_string()))?;
     let credentials = (USER.to_owned(), hex::encode(password));
-    let config = config(options, &credentials);
+    let config = config(options, &doors, &credentials);
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(BrokerError::Thread)?;
+    thread::Builder::new()
+        .name("mqtt-porter".to_owned())
+        .spawn(move || {
+            runtime.block_on(async {
+                match tokio::net::TcpListener::from_std(outside) {
+                    Ok(outside) => porter::stand(outside, &doors, PATIENCE).await,
+                    Err(error) => tracing::error!(%error, "the MQTT listener failed"),
+                }
+            });
+        })
+        .map_err(BrokerError::Thread)?;
     thread::Builder::new()
         .name("broker".to_owned())
         .spawn(move || {
@@ -94,20 +117,27 @@ pub fn start(options: &BrokerOptions) -> Result<LocalBroker, BrokerError> {
     })
 }
 
-fn config(options: &BrokerOptions, credentials: &(String, String)) -> Config {
+/// Free ports on the loopback interface, one for each door.
+fn free_ports() -> io::Result<Vec<SocketAddr>> {
+    // All are held until all are chosen, so that none is chosen twice.
+    let held = (0..DOORS).map(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)));
+    let held = held.collect::<io::Result<Vec<_>>>()?;
+    held.iter().map(TcpListener::local_addr).collect()
+}
+
+fn config(options: &BrokerOptions, doors: &[SocketAddr], credentials: &(String, String)) -> Config {
     let tls = TlsConfig::Rustls {
         capath: Some(options.paths.ca.display().to_string()),
         certpath: options.paths.server_cert.display().to_string(),
         keypath: options.paths.server_key.display().to_string(),
     };
     let auth = HashMap::from([credentials.clone()]);
-    let servers = [
-        ("devices", options.listen, Some(tls), None),
-        ("server", options.local, None, Some(auth)),
-    ];
-    let servers = servers.map(|(name, listen, tls, auth)| {
+    let local = (options.local, None, Some(auth));
+    let doors = doors.iter().map(|door| (*door, Some(tls.clone()), None));
+    let servers = doors.chain([local]).map(|(listen, tls, auth)| {
+        let name = format!("mqtt-{}", listen.port());
         let settings = ServerSettings {
-            name: format!("mqtt-{name}"),
+            name: name.clone(),
             listen,
             tls,
             next_connection_delay_ms: 1,
@@ -120,7 +150,7 @@ fn config(options: &BrokerOptions, credentials: &(String, String)) -> Config {
                 dynamic_filters: true,
             },
         };
-        (name.to_owned(), settings)
+        (name, settings)
     });
     // What all devices send goes through one queue, what is sent to a device through one of its
     // own, which is therefore kept small.
@@ -138,7 +168,7 @@ fn config(options: &BrokerOptions, credentials: &(String, String)) -> Config {
             initialized_filters: Some(vec![UP.to_owned()]),
             ..RouterConfig::default()
         },
-        v4: Some(HashMap::from(servers)),
+        v4: Some(servers.collect()),
         ..Config::default()
     }
 }

@@ -9,9 +9,12 @@
 pub mod broker;
 pub mod endpoints;
 pub mod mqtt;
+mod porter;
 pub mod quic;
 mod wire;
 
+#[cfg(test)]
+mod fixtures;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
@@ -394,6 +397,20 @@ impl Ingest {
             });
         }
         links.broker = outlet;
+    }
+
+    /// Counts devices that talk by the broker as gone if they were silent for `silence_ms`: the
+    /// broker does not tell. Their next message brings them back.
+    fn expire(&self, silence_ms: u64) {
+        let since = (self.clock)().saturating_sub(silence_ms);
+        self.links().devices.retain(|device, link| {
+            let heard = self.fleet.last_seen(device) >= Some(since);
+            let stays = link.transport != Transport::Mqtt || heard;
+            if !stays {
+                self.fleet.set_connected(device, None);
+            }
+            stays
+        });
     }
 
     fn links(&self) -> MutexGuard<'_, Links> {

@@ -26,6 +26,9 @@ pub(super) const MAX_PACKET: usize = 2 * 1024 * 1024;
 const UP: &str = "/tenants/+/up";
 /// Requests that may wait for the connection.
 const QUEUE: usize = 256;
+/// A device that is silent for this long counts as not connected, in milliseconds.
+const SILENCE_MS: u64 = 60_000;
+const EXPIRY_CHECK: Duration = Duration::from_secs(5);
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(5);
 
@@ -125,6 +128,7 @@ pub async fn start(ingest: Arc<Ingest>, options: &MqttOptions) -> Result<MqttLin
     let session = Arc::new(AtomicU64::new(0));
     let mut tasks = JoinSet::new();
     tasks.spawn(acknowledge(client.clone(), session.clone(), to_acknowledge));
+    tasks.spawn(expire(ingest.clone()));
     let poller = Poller {
         ingest,
         client,
@@ -282,6 +286,13 @@ async fn acknowledge(
         if of == session.load(SeqCst) && client.ack(&publish).await.is_err() {
             return;
         }
+    }
+}
+
+async fn expire(ingest: Arc<Ingest>) {
+    loop {
+        tokio::time::sleep(EXPIRY_CHECK).await;
+        ingest.expire(SILENCE_MS);
     }
 }
 

@@ -1,158 +1,9 @@
+use super::fixtures::{NOW, World, batch, hello, up, with_down};
 use super::*;
-use crate::fleet::Grant;
-use crate::pki::Pki;
-use crate::store::disk::Disk;
-use crate::store::disk::faulty::{Faults, FaultyDisk};
 use crate::store::fixtures::{loss, sample, signed};
-use ed25519_dalek::SigningKey;
-use flywheel_shared::message::{EpochBook, Record, SlotState};
-use rcgen::{CertificateParams, KeyPair, PKCS_ED25519};
+use flywheel_shared::message::{EpochBook, SlotState};
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
-use tempfile::TempDir;
-
-pub(super) const NOW: u64 = 1_800_000_000_000;
-
-#[derive(Default)]
-pub(super) struct Wishes {
-    pub(super) run_until: AtomicU64,
-    slots: Mutex<Vec<(DeviceId, OwnedSlotReport)>>,
-    slot_fails: AtomicBool,
-    offer: Mutex<Option<OfferBytes>>,
-    published: Mutex<Vec<Digest>>,
-}
-
-impl Steering for Wishes {
-    fn desired(&self, _device: &DeviceId) -> u64 {
-        self.run_until.load(SeqCst)
-    }
-
-    fn offer(&self, _device: &DeviceId, _health: &OwnedHealth) -> Option<OfferBytes> {
-        self.offer.lock().unwrap().clone()
-    }
-
-    fn slot(&self, device: &DeviceId, report: &OwnedSlotReport) -> Result<(), StoreError> {
-        if self.slot_fails.load(SeqCst) {
-            return Err(StoreError::Closed);
-        }
-        self.slots
-            .lock()
-            .unwrap()
-            .push((device.clone(), report.clone()));
-        Ok(())
-    }
-
-    fn may_fetch(&self, blob: &Digest) -> bool {
-        self.published.lock().unwrap().contains(blob)
-    }
-}
-
-/// An enrolled device: what its identity folder holds.
-pub(super) struct Identity {
-    pub(super) id: DeviceId,
-    pub(super) key: SigningKey,
-    pub(super) key_pem: String,
-    pub(super) certificate_pem: String,
-}
-
-pub(super) struct World {
-    pub(super) dir: TempDir,
-    pub(super) faults: Arc<Faults>,
-    pub(super) store: Arc<Store>,
-    pub(super) pki: Arc<Pki>,
-    pub(super) wishes: Arc<Wishes>,
-    pub(super) ingest: Arc<Ingest>,
-}
-
-impl World {
-    pub(super) fn new() -> Self {
-        let dir = TempDir::new().unwrap();
-        let faults = Faults::none();
-        let disk: Arc<dyn Disk> = Arc::new(FaultyDisk(faults.clone()));
-        let store = Store::open_on(disk, dir.path()).unwrap();
-        // TLS clients compare with the real clock.
-        let now = std::time::SystemTime::now()
-            .duration_since(std::time::UNIX_EPOCH)
-            .unwrap()
-            .as_millis() as u64;
-        let pki = Arc::new(Pki::open(&dir.path().join("pki"), &[], now).unwrap());
-        let fleet = Fleet::open(store.clone(), pki.clone()).unwrap();
-        let wishes = Arc::new(Wishes::default());
-        let ingest = Ingest::new(store.clone(), fleet, wishes.clone(), Arc::new(|| NOW));
-        Self {
-            dir,
-            faults,
-            store,
-            pki,
-            wishes,
-            ingest,
-        }
-    }
-
-    pub(super) fn enroll(&self, id: &str) -> Identity {
-        let grant = Grant {
-            expires_ms: u64::MAX,
-            ..Grant::default()
-        };
-        let token = self.ingest.fleet().mint_token(&grant).unwrap();
-        let key = KeyPair::generate_for(&PKCS_ED25519).unwrap();
-        let csr = CertificateParams::default()
-            .serialize_request(&key)
-            .unwrap();
-        let now = std::time::SystemTime::now()
-            .duration_since(std::time::UNIX_EPOCH)
-            .unwrap()
-            .as_millis() as u64;
-        let enrolled = self
-            .ingest
-            .fleet()
-            .enroll(&token, &csr.pem().unwrap(), Some(id), now)
-            .unwrap();
-        // PKCS#8 holds the seed after `04 22 04 20`.
-        let der = key.serialize_der();
-        let at = der
-            .windows(4)
-            .position(|w| w == [4, 0x22, 4, 0x20])
-            .unwrap()
-            + 4;
-        let seed: [u8; 32] = der[at..at + 32].try_into().unwrap();
-        let signing = SigningKey::from_bytes(&seed);
-        assert_eq!(signing.verifying_key().as_bytes(), key.public_key_raw());
-        Identity {
-            id: enrolled.device,
-            key: signing,
-            key_pem: key.serialize_pem(),
-            certificate_pem: enrolled.certificate_pem,
-        }
-    }
-}
-
-pub(super) fn up(message: &Up<'_>) -> Vec<u8> {
-    let payload = postcard::to_extend(message, Vec::new()).unwrap();
-    let mut bytes = Vec::from(envelope::header(&payload));
-    bytes.extend(payload);
-    bytes
-}
-
-pub(super) fn hello(id: &DeviceId) -> Vec<u8> {
-    up(&Up::Hello(Hello {
-        device: id.clone(),
-        wire_version: WIRE_VERSION,
-        epoch: 1,
-    }))
-}
-
-pub(super) fn batch(device: &Identity, epoch: u32, records: &[Record<'_>]) -> Vec<u8> {
-    signed(&device.id, &device.key, epoch, records, |batch| {
-        up(&Up::Batch(batch))
-    })
-}
-
-pub(super) fn with_down<R>(bytes: &[u8], look: impl FnOnce(Down<'_>) -> R) -> R {
-    let (payload, rest) = envelope::split(bytes, MAX_MESSAGE).unwrap();
-    assert!(rest.is_empty());
-    look(postcard::from_bytes(payload).unwrap())
-}
+use std::sync::atomic::Ordering::SeqCst;
 
 fn refused(answers: &[Vec<u8>]) -> RefusedCode {
     assert_eq!(answers.len(), 1);
@@ -504,4 +355,31 @@ async fn pushes_take_the_newest_way_and_revocation_ends_it() {
     let answers = world.ingest.handle(&cam1.id, Transport::Mqtt, &late).await;
     assert_eq!(refused(&answers), RefusedCode::Identity);
     assert_eq!(connected(), None);
+}
+
+#[tokio::test]
+async fn a_device_that_falls_silent_behind_the_broker_counts_as_gone_until_it_speaks() {
+    let world = World::new();
+    let (cam1, cam2) = (world.enroll("cam1"), world.enroll("cam2"));
+    let connected = |id| world.ingest.fleet().show(id).unwrap().unwrap().connected;
+    world.ingest.set_broker(Some(Arc::new(Recorder::default())));
+    world
+        .ingest
+        .attach(&cam2.id, Transport::Quic, Arc::new(Recorder::default()));
+    world
+        .ingest
+        .handle(&cam1.id, Transport::Mqtt, &hello(&cam1.id))
+        .await;
+    world.now_ms.fetch_add(500, SeqCst);
+    world.ingest.expire(500);
+    assert_eq!(connected(&cam1.id), Some(Transport::Mqtt));
+    world.ingest.expire(499);
+    assert_eq!(connected(&cam1.id), None);
+    // Of a direct connection its end is seen.
+    assert_eq!(connected(&cam2.id), Some(Transport::Quic));
+    let late = batch(&cam1, 1, &[loss(1)]);
+    world.ingest.handle(&cam1.id, Transport::Mqtt, &late).await;
+    assert_eq!(connected(&cam1.id), Some(Transport::Mqtt));
+    world.ingest.set_broker(None);
+    assert_eq!(connected(&cam1.id), None);
 }

@@ -1,8 +1,8 @@
 //! Real sockets: a real rumqttd with TLS, real QUIC, and clients with certificates of their own.
 
 use super::broker::{BrokerOptions, LocalBroker};
+use super::fixtures::{Identity, World, batch, hello, with_down};
 use super::mqtt::{MqttLink, MqttOptions};
-use super::tests::{Identity, World, batch, hello, with_down};
 use super::*;
 use crate::pki::{ALPN, Pki, SERVER_NAME};
 use crate::store::fixtures::sample;
@@ -15,6 +15,7 @@ use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
+use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 
@@ -247,6 +248,25 @@ async fn mqtt_lets_nobody_in_without_a_certificate_of_the_fleet() {
     }
     assert!(link.is_connected());
     assert_eq!(world.store.traffic(&cam1.id).unwrap().messages, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connections_that_never_finish_their_handshake_lock_nobody_out() {
+    let world = World::new();
+    let cam1 = world.enroll("cam1");
+    let broker = Broker::start(&world);
+    let link = broker.link(&world).await;
+    let mut stuck = Vec::new();
+    for _ in 0..3 {
+        let mut stream = TcpStream::connect(broker.devices).await.unwrap();
+        // The beginning of a TLS record that never comes to its end.
+        stream.write_all(&[22, 3, 1, 2, 0, 1]).await.unwrap();
+        stuck.push(stream);
+    }
+    let (client, mut events) = subscribed(&world, &broker, &cam1).await;
+    publish(&client, "cam1", hello(&cam1.id)).await;
+    assert!(is_welcome(&received(&mut events).await));
+    assert!(link.is_connected());
 }
 
 /// Passes connections on to `target` until told to cut them.

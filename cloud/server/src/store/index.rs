@@ -55,7 +55,8 @@ pub(super) struct Place {
 
 pub(super) struct Index {
     dir: PathBuf,
-    db: RwLock<Option<sled::Db>>,
+    /// The error of the last try to open it, while it is closed.
+    db: RwLock<Result<sled::Db, StoreError>>,
     failed: AtomicBool,
 }
 
@@ -63,7 +64,7 @@ impl Index {
     pub(super) fn open(dir: &Path) -> Result<Self, StoreError> {
         Ok(Self {
             dir: dir.to_owned(),
-            db: RwLock::new(Some(open_sled(dir)?)),
+            db: RwLock::new(Ok(open_sled(dir)?)),
             failed: AtomicBool::new(false),
         })
     }
@@ -78,8 +79,9 @@ impl Index {
         {
             let mut db = self.db.write().unwrap_or_else(PoisonError::into_inner);
             // The old one must be gone first: it holds the lock on the file.
-            *db = None;
-            *db = Some(open_sled(&self.dir)?);
+            *db = Err(StoreError::Closed);
+            *db = open_sled(&self.dir);
+            db.as_ref().map_err(StoreError::clone)?;
         }
         // Until the tail is applied, nothing newer may be.
         self.catch_up(log)?;
@@ -116,12 +118,10 @@ impl Index {
         f: impl FnOnce(&sled::Db) -> Result<R, StoreError>,
     ) -> Result<R, StoreError> {
         let db = self.db.read().unwrap_or_else(PoisonError::into_inner);
-        let Some(db) = &*db else {
+        let db = db.as_ref().map_err(|error| {
             self.failed.store(true, SeqCst);
-            return Err(StoreError::Index {
-                why: "it could not be opened again yet".to_owned(),
-            });
-        };
+            error.clone()
+        })?;
         let result = f(db);
         if let Err(StoreError::Index { .. } | StoreError::Full { .. }) = &result {
             self.failed.store(true, SeqCst);

@@ -57,10 +57,12 @@ impl Reporter {
         self.reported = None;
     }
 
-    /// When something is due next.
-    pub(super) fn due(&self) -> Instant {
-        let repeat = self.reported.map(|(_, at)| at + REPEAT);
-        repeat.map_or(self.next_health, |at| at.min(self.next_health))
+    /// When something is due next. Reports are repeated only while there is a connection.
+    pub(super) fn due(&self, online: bool) -> Instant {
+        match self.reported {
+            Some((_, at)) if online => self.next_health.min(at + REPEAT),
+            _ => self.next_health,
+        }
     }
 
     /// Whether a health message is due; the next one is after the interval.

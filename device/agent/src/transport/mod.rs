@@ -97,10 +97,15 @@ impl Connection {
 
     /// Sends what is queued and says goodbye.
     pub async fn close(mut self) {
-        // The writer sees the end of its queue.
+        // The writer sees the end of its queue and says goodbye; the reader sees the other side
+        // close.
         let (closed, _) = mpsc::channel(1);
         self.outbound = closed;
-        let _ = tokio::time::timeout(CLOSE_TIMEOUT, &mut self.writer).await;
+        let both = async {
+            let _ = (&mut self.writer).await;
+            let _ = (&mut self.reader).await;
+        };
+        let _ = tokio::time::timeout(CLOSE_TIMEOUT, both).await;
     }
 }
 

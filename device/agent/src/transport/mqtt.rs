@@ -108,9 +108,9 @@ async fn publish(client: AsyncClient, topic: String, mut queue: mpsc::Receiver<V
             return;
         }
     }
-    // Queued behind everything published before. The poller ends when it is written.
+    // Queued behind everything published before. The poller reads on until the broker closes:
+    // closing with unread data would reset the connection and lose what the broker has not read.
     let _ = client.disconnect().await;
-    std::future::pending().await
 }
 
 async fn poll(mut events: EventLoop, sink: mpsc::Sender<Vec<u8>>, reason: Reason) {
