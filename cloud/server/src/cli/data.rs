@@ -12,6 +12,7 @@ use super::{Connection, print_json, print_line};
 use crate::api::types::{DatasetDiff, DatasetView, FreezeRequest, ItemView};
 use crate::client::Client;
 
+/// Parts of `flywheel dataset`.
 #[derive(Subcommand)]
 pub enum DatasetCommand {
     /// Freeze everything labelled now into an immutable version.
@@ -49,6 +50,7 @@ pub enum DatasetCommand {
     },
 }
 
+/// A set of imported pictures.
 #[derive(Clone, Copy, ValueEnum)]
 pub enum SplitArg {
     /// Trained on.
@@ -69,6 +71,10 @@ impl SplitArg {
     }
 }
 
+/// Runs the command.
+///
+/// # Errors
+/// If the server can't be reached or refuses.
 pub fn run(command: DatasetCommand, connection: &Connection) -> Result<ExitCode> {
     let client = connection.client()?;
     match command {

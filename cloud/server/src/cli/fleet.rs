@@ -12,6 +12,7 @@ use crate::api::types::{
 };
 use crate::client::Client;
 
+/// Parts of `flywheel rollout`.
 #[derive(Subcommand)]
 pub enum RolloutCommand {
     /// Offer a promoted model to the fleet: one device first, then the rest.
@@ -52,6 +53,7 @@ pub enum RolloutCommand {
     },
 }
 
+/// Parts of `flywheel device`.
 #[derive(Subcommand)]
 pub enum DeviceCommand {
     /// Make a one-time token with which one device enrols.
@@ -86,6 +88,10 @@ pub enum DeviceCommand {
     },
 }
 
+/// Runs a rollout command.
+///
+/// # Errors
+/// If the server can't be reached or refuses.
 pub fn rollout(command: RolloutCommand, connection: &Connection) -> Result<ExitCode> {
     let client = connection.client()?;
     match command {
@@ -198,6 +204,10 @@ fn show_rollout(connection: &Connection, rollout: &RolloutView) -> Result<()> {
     print_line(table)
 }
 
+/// Runs a device command.
+///
+/// # Errors
+/// If the server can't be reached or refuses.
 pub fn device(command: DeviceCommand, connection: &Connection) -> Result<ExitCode> {
     let client = connection.client()?;
     match command {
@@ -265,6 +275,10 @@ pub fn device(command: DeviceCommand, connection: &Connection) -> Result<ExitCod
     Ok(ExitCode::SUCCESS)
 }
 
+/// Checks the conservation law.
+///
+/// # Errors
+/// If the server can't be reached.
 pub fn audit(connection: &Connection) -> Result<ExitCode> {
     let audit: AuditView = connection.client()?.get("/v1/audit")?;
     if connection.json {

@@ -37,8 +37,6 @@ pub const EXIT_UNAUTHORIZED: u8 = 5;
                   4 no server answers, 5 wrong token.\n\nExample: flywheel demo"
 )]
 struct Cli {
-    #[command(flatten)]
-    connection: Connection,
     #[command(subcommand)]
     command: Command,
 }
@@ -88,6 +86,24 @@ impl Connection {
     }
 }
 
+/// A command of several parts, with the server it talks to.
+#[derive(Args)]
+struct Remote<T: Subcommand> {
+    #[command(flatten)]
+    connection: Connection,
+    #[command(subcommand)]
+    command: T,
+}
+
+/// A command of one part, with the server it talks to.
+#[derive(Args)]
+struct RemoteOnce<T: Args> {
+    #[command(flatten)]
+    connection: Connection,
+    #[command(flatten)]
+    args: T,
+}
+
 #[derive(Subcommand)]
 enum Command {
     /// Run the whole loop on this machine: a server, devices, a labeller, training, rollouts.
@@ -95,30 +111,30 @@ enum Command {
     /// Run the cloud: ingest, queue, registry, rollouts.
     Serve(serve::ServeArgs),
     /// Work the labelling queue.
-    #[command(subcommand)]
-    Queue(queue::QueueCommand),
+    Queue(Remote<queue::QueueCommand>),
     /// Freeze, list and compare dataset versions; import pictures.
-    #[command(subcommand)]
-    Dataset(data::DatasetCommand),
+    Dataset(Remote<data::DatasetCommand>),
     /// Train a candidate model from the champion.
-    Train(model::TrainArgs),
+    Train(RemoteOnce<model::TrainArgs>),
     /// Judge a model on the golden set through the device's engine.
-    Eval(model::EvalArgs),
+    Eval(RemoteOnce<model::EvalArgs>),
     /// List, show and promote models.
-    #[command(subcommand)]
-    Model(model::ModelCommand),
+    Model(Remote<model::ModelCommand>),
     /// Make and list signing keys.
-    #[command(subcommand)]
-    Key(model::KeyCommand),
+    Key {
+        /// Print JSON for programs.
+        #[arg(long, global = true)]
+        json: bool,
+        #[command(subcommand)]
+        command: model::KeyCommand,
+    },
     /// Roll a model out and watch it.
-    #[command(subcommand)]
-    Rollout(fleet::RolloutCommand),
+    Rollout(Remote<fleet::RolloutCommand>),
     /// Enrol, list and revoke devices.
-    #[command(subcommand)]
-    Device(fleet::DeviceCommand),
+    Device(Remote<fleet::DeviceCommand>),
     /// Check that every flagged sample is accounted for; exit code 3 if one is not.
     #[command(after_help = "Example: flywheel audit --data cloud/")]
-    Audit,
+    Audit(Connection),
     /// Run as a device agent (the same program as `flywheel-agent`).
     #[command(disable_help_flag = true)]
     Agent {
@@ -149,19 +165,18 @@ pub fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<ExitCode> {
-    let connection = cli.connection;
     match cli.command {
         Command::Demo(args) => crate::demo::run(*args),
-        Command::Serve(args) => serve::run(args, connection.data),
-        Command::Queue(command) => queue::run(command, &connection),
-        Command::Dataset(command) => data::run(command, &connection),
-        Command::Train(args) => model::train(&args, &connection),
-        Command::Eval(args) => model::eval(&args, &connection),
-        Command::Model(command) => model::run(command, &connection),
-        Command::Key(command) => model::key(&command, connection.json),
-        Command::Rollout(command) => fleet::rollout(command, &connection),
-        Command::Device(command) => fleet::device(command, &connection),
-        Command::Audit => fleet::audit(&connection),
+        Command::Serve(args) => serve::run(args),
+        Command::Queue(at) => queue::run(at.command, &at.connection),
+        Command::Dataset(at) => data::run(at.command, &at.connection),
+        Command::Train(at) => model::train(&at.args, &at.connection),
+        Command::Eval(at) => model::eval(&at.args, &at.connection),
+        Command::Model(at) => model::run(at.command, &at.connection),
+        Command::Key { json, command } => model::key(&command, json),
+        Command::Rollout(at) => fleet::rollout(at.command, &at.connection),
+        Command::Device(at) => fleet::device(at.command, &at.connection),
+        Command::Audit(connection) => fleet::audit(&connection),
         Command::Agent { args } => Ok(flywheel_agent::cli::run_from(
             std::iter::once(OsString::from("flywheel-agent")).chain(args),
         )),

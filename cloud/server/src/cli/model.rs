@@ -17,6 +17,7 @@ use crate::api::types::{
 use crate::client::Client;
 use crate::keys;
 
+/// Arguments of `flywheel train`.
 #[derive(Args)]
 #[command(after_help = "Example: flywheel train --dataset 3fa92c --seed 7")]
 pub struct TrainArgs {
@@ -34,6 +35,7 @@ pub struct TrainArgs {
     scratch: bool,
 }
 
+/// Arguments of `flywheel eval`.
 #[derive(Args)]
 #[command(after_help = "Example: flywheel eval 9c41d0 --rare deer --rare children")]
 pub struct EvalArgs {
@@ -44,6 +46,7 @@ pub struct EvalArgs {
     rare: Vec<String>,
 }
 
+/// Parts of `flywheel model`.
 #[derive(Subcommand)]
 pub enum ModelCommand {
     /// List models.
@@ -69,6 +72,7 @@ pub enum ModelCommand {
     },
 }
 
+/// Parts of `flywheel key`.
 #[derive(Subcommand)]
 pub enum KeyCommand {
     /// Make root, release and rollout keys.
@@ -87,6 +91,10 @@ pub enum KeyCommand {
     },
 }
 
+/// Trains a candidate and shows it.
+///
+/// # Errors
+/// If the server can't be reached, or the run fails.
 pub fn train(args: &TrainArgs, connection: &Connection) -> Result<ExitCode> {
     let client = connection.client()?;
     let job: JobView = client.post(
@@ -102,6 +110,10 @@ pub fn train(args: &TrainArgs, connection: &Connection) -> Result<ExitCode> {
     show_result(&client, &job, connection)
 }
 
+/// Judges a model and shows the verdict.
+///
+/// # Errors
+/// If the server can't be reached, or there is nothing to judge by.
 pub fn eval(args: &EvalArgs, connection: &Connection) -> Result<ExitCode> {
     let client = connection.client()?;
     let job: JobView = client.post(
@@ -170,6 +182,10 @@ fn show_result(client: &Client, job: &JobView, connection: &Connection) -> Resul
     })
 }
 
+/// Runs the command.
+///
+/// # Errors
+/// If the server can't be reached or refuses.
 pub fn run(command: ModelCommand, connection: &Connection) -> Result<ExitCode> {
     let client = connection.client()?;
     match command {
@@ -300,6 +316,10 @@ fn show(connection: &Connection, model: &ModelView) -> Result<()> {
     Ok(())
 }
 
+/// Makes or lists keys.
+///
+/// # Errors
+/// If files can't be read or written.
 pub fn key(command: &KeyCommand, json: bool) -> Result<ExitCode> {
     match command {
         KeyCommand::Init { dir } => {

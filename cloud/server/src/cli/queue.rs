@@ -11,6 +11,7 @@ use super::{Connection, print_json, print_line};
 use crate::api::types::{LabelRequest, NextRequest, QueueItem, QueueStats, SkipRequest};
 use crate::client::Client;
 
+/// Parts of `flywheel queue`.
 #[derive(Subcommand)]
 pub enum QueueCommand {
     /// List the queue in the order in which it is handed out.
@@ -64,6 +65,10 @@ pub enum QueueCommand {
     Stats,
 }
 
+/// Runs the command.
+///
+/// # Errors
+/// If the server can't be reached or refuses.
 pub fn run(command: QueueCommand, connection: &Connection) -> Result<ExitCode> {
     let client = connection.client()?;
     match command {

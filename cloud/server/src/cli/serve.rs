@@ -11,11 +11,15 @@ use cloud_core::priority::Strategy;
 use crate::cloud::{BrokerUrl, Cloud, CloudConfig};
 use crate::service::queue::Ranking;
 
+/// Arguments of `flywheel serve`.
 #[derive(Args)]
 #[command(
     after_help = "Example: flywheel key init --dir keys && flywheel serve --data cloud --keys keys\n\nThe API's address and token are written to api-address and api-token in the data folder; other commands find them with --data."
 )]
 pub struct ServeArgs {
+    /// Folder of everything that the server keeps.
+    #[arg(long, env = "FLYWHEEL_DATA_DIR", default_value = "flywheel-data", value_name = "DIR")]
+    data: PathBuf,
     /// Folder with rollout.key and trust.bin.
     #[arg(long, env = "FLYWHEEL_KEYS", value_name = "DIR")]
     keys: PathBuf,
@@ -56,16 +60,20 @@ pub struct ServeArgs {
     seed: u64,
 }
 
-pub fn run(args: ServeArgs, data: Option<PathBuf>) -> Result<ExitCode> {
+/// Runs the command.
+///
+/// # Errors
+/// If the server can't be reached or refuses.
+pub fn run(args: ServeArgs) -> Result<ExitCode> {
     tracing_subscriber::fmt()
         .with_env_filter(
             tracing_subscriber::EnvFilter::try_from_env("FLYWHEEL_LOG")
-                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,rumqttd=warn,quinn=warn,tract=warn")),
+                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,rumqttd=off,quinn=warn,tract=warn")),
         )
         .with_writer(std::io::stderr)
         .init();
     let config = CloudConfig {
-        data: data.unwrap_or_else(|| PathBuf::from("flywheel-data")),
+        data: args.data,
         keys: args.keys,
         bind: args.bind,
         http_port: args.http_port,

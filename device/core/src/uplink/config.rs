@@ -22,7 +22,7 @@ impl Transport {
     }
 }
 
-/// How an [`Uplink`] behaves. Times are in milliseconds; those under 1 count as 1.
+/// How an [`Uplink`](super::Uplink) behaves. Times are in milliseconds; those under 1 count as 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UplinkConfig {
     /// The preferred transport.
