@@ -267,6 +267,9 @@ pub struct Scores {
     pub u_unsure: f32,
     /// Novelty on the conformal scale: 1 − p-value of `novelty`, 0 to 1.
     pub u_novel: f32,
+    /// Posterior mass of the classes that the cloud has too few labels of, 0 to 1: how much the
+    /// cloud would like to see this frame.
+    pub rarity: f32,
 }
 
 /// How the picture of a sample is encoded. Numbered by order: append only.

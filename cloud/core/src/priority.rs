@@ -37,6 +37,8 @@ pub struct Prediction {
     pub margin: f32,
     /// Novelty on the conformal scale `u = 1 − p`, 0 to 1.
     pub novelty: f32,
+    /// Probability of classes with few labels, 0 to 1 (`Scores::rarity` of the device).
+    pub rarity: f32,
 }
 
 /// Where a sample was seen. Frames of one device within [`Options::track_reach`] of each other

@@ -55,9 +55,9 @@ pub enum AgentError {
     /// The operating system gives no threads or signals.
     #[error("cannot start: {0}")]
     System(std::io::Error),
-    /// The frame loop died.
-    #[error("the frame loop panicked; this is a bug in the agent")]
-    Panicked,
+    /// A thread died; samples are safe on disk, and a restart goes on from there.
+    #[error("the {0} panicked; this is a bug in the agent")]
+    Panicked(&'static str),
 }
 
 /// How long an agent runs.
@@ -189,7 +189,7 @@ async fn drive(
 ) -> Result<(), AgentError> {
     let (stop_link, link_stopped) = oneshot::channel();
     let (link, mut idle) = Link::new(settings, Arc::clone(&shared));
-    let link = tokio::spawn(link.run(link_stopped));
+    let mut link = tokio::spawn(link.run(link_stopped));
     let (ended, mut frames_ended) = oneshot::channel();
     thread::Builder::new()
         .name("flywheel-frames".to_owned())
@@ -214,6 +214,12 @@ async fn drive(
         }
         () = drained => None,
         result = &mut frames_ended => Some(result),
+        // It returns only when told to, so this is a panic, and the agent must not go on mute.
+        _ = &mut link => {
+            shared.signal(|signals| signals.stop = true);
+            let _ = frames_ended.await;
+            return Err(AgentError::Panicked("link"));
+        }
     };
     shared.signal(|signals| signals.stop = true);
     let result = match early {
@@ -224,7 +230,7 @@ async fn drive(
     let _ = link.await;
     match result {
         Ok(result) => result?,
-        Err(_) => return Err(AgentError::Panicked),
+        Err(_) => return Err(AgentError::Panicked("frame loop")),
     }
     stopped.map_err(AgentError::System)
 }

@@ -77,11 +77,11 @@ pub struct Shares {
 impl Default for Shares {
     fn default() -> Self {
         Self {
-            novel: 0.40,
-            unsure: 0.35,
-            disagree: 0.10,
-            campaign: 0.0,
-            uniform: 0.15,
+            novel: 0.25,
+            unsure: 0.30,
+            disagree: 0.05,
+            campaign: 0.28,
+            uniform: 0.12,
         }
     }
 }
@@ -331,7 +331,7 @@ mod tests {
         assert_eq!(config.pace, Pace::Lockstep);
         assert_eq!(config.engine, EngineKind::Tract);
         assert_eq!(config.transport, [Transport::Quic, Transport::Mqtt]);
-        assert_eq!(config.budget.shares.uniform, 0.15);
+        assert_eq!(config.budget, Budget::default());
     }
 
     #[test]

@@ -66,7 +66,7 @@ enum Woken {
     Stop,
     Message(Option<Vec<u8>>),
     Connected(Result<Connection, ConnectError>),
-    Proved(install::Proved),
+    Proved(Box<install::Proved>),
     News,
     Timer,
 }
@@ -122,7 +122,7 @@ impl Link {
                 }
                 Woken::Connected(result) => self.connected(result).await,
                 Woken::Proved(proved) => {
-                    let actions = self.installer.proved(&self.shared, proved);
+                    let actions = self.installer.proved(&self.shared, *proved);
                     self.perform_slot(actions).await;
                 }
                 Woken::News => {}
@@ -163,7 +163,7 @@ impl Link {
             _ = stop => Woken::Stop,
             bytes = message => Woken::Message(bytes),
             result = connected => Woken::Connected(result),
-            proved = self.installer.proving() => Woken::Proved(proved),
+            proved = self.installer.proving() => Woken::Proved(Box::new(proved)),
             () = self.shared.news.notified() => Woken::News,
             () = tokio::time::sleep_until(due.into()) => Woken::Timer,
         }

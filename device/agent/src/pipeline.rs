@@ -308,7 +308,7 @@ impl Pipeline {
             scores: scores.as_ref(),
             signature,
             disagree,
-            wanted: false,
+            wanted: scores.map_or(0.0, |scores| scores.rarity),
             draw: rng.next_u32(),
         });
         if let Some(flag) = flag {

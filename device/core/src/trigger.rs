@@ -121,8 +121,9 @@ pub struct Observation<'a> {
     pub signature: Option<u64>,
     /// The model contradicts itself ([`crate::flicker`]) or another model.
     pub disagree: bool,
-    /// A campaign of the cloud asks for this frame.
-    pub wanted: bool,
+    /// How much the cloud asks for this frame, 0 to 1: [`Scores::rarity`], or 1 for a campaign
+    /// that it matches.
+    pub wanted: f32,
     /// 32 random bits, independent from frame to frame.
     pub draw: u32,
 }
@@ -357,7 +358,7 @@ impl Trigger {
                 continue;
             }
             let (u, floor) = match account.lane {
-                Lane::Campaign => (f32::from(u8::from(frame.wanted)), 0.0),
+                Lane::Campaign => (frame.wanted, 0.0),
                 Lane::Disagree => (f32::from(u8::from(frame.disagree)), 0.0),
                 Lane::Novel => (scores.u_novel, self.config.floor),
                 Lane::Unsure | Lane::Uniform => (scores.u_unsure, self.config.floor),

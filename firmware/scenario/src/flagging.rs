@@ -54,7 +54,7 @@ pub(crate) fn run(out: &mut impl Write, params: &Params<'_>) -> Result<(), Failu
             scores: Some(&scores),
             signature: mark,
             disagree: flicker.observe(scores.top1, mark),
-            wanted: false,
+            wanted: 0.0,
             draw: stream.draw(),
         });
         seen += u64::from(FRAME_BYTES);

@@ -3,7 +3,8 @@
 //! 1. A small share is drawn by lot, from the devices' uniform lane while it lasts.
 //! 2. The shortlist: the 10·b narrowest margins (Cluster-Margin, 2107.14263), the 5·b most novel
 //!    and the 2·b most probably of a rare class. No score finds everything, so it is their union.
-//! 3. Each has an interest: `(1 − margin) + N·e`, times the rarity of its class. Here `e = ½·p^−½`
+//! 3. Each has an interest: `(1 − margin) + N·e + R·r`, times the rarity of its class. Here `r` is
+//!    the probability of classes with few labels, and `e = ½·p^−½`
 //!    turns the novelty's rank in the pool into evidence (an e-value calibrator, Vovk and Wang
 //!    2021): its mean is 1 however the novelty is distributed, so a miscalibrated or noisy score
 //!    costs little, and only the top of the pool, where anything new must be, weighs much.
@@ -28,6 +29,8 @@ const NOVEL: usize = 5;
 const RARE: usize = 2;
 /// Weight of the novelty evidence against `1 − margin`.
 const NOVELTY_WEIGHT: f32 = 0.2;
+/// Weight of the probability of rare classes against `1 − margin`.
+const RARE_WEIGHT: f32 = 1.0;
 /// Bounds of the rarity factor.
 const RARITY: (f32, f32) = (0.5, 4.0);
 /// What a campaign asked for counts this much more.
@@ -68,7 +71,11 @@ pub(super) fn rank(
             } else {
                 1.0
             };
-            asked * (1.0 - margin_of(candidate) + NOVELTY_WEIGHT * evidence[i])
+            let rare = unit_or(candidate.prediction.map(|p| p.rarity), 0.0);
+            asked
+                * (1.0 - margin_of(candidate)
+                    + NOVELTY_WEIGHT * evidence[i]
+                    + RARE_WEIGHT * rare)
         })
         .collect();
     let mut open: Vec<bool> = short.iter().map(|&i| !limits.is_taken(i)).collect();
@@ -253,6 +260,9 @@ fn shortlist(pool: &Pool<'_>, rarity: &Rarity, budget: usize) -> Vec<usize> {
     smallest(budget.saturating_mul(UNSURE), &margin_of);
     smallest(budget.saturating_mul(NOVEL), &|c| -novelty_of(c));
     smallest(budget.saturating_mul(RARE), &|c| -rarity.factor(c));
+    smallest(budget.saturating_mul(RARE), &|c| {
+        -unit_or(c.prediction.map(|p| p.rarity), 0.0)
+    });
     let asked = (0..candidates.len()).filter(|&i| candidates[i].lane == Lane::Campaign);
     for i in asked.take(budget.saturating_mul(RARE)) {
         chosen[i] = true;

@@ -129,6 +129,7 @@ impl World {
                     confidence: probs[order[0]],
                     margin: probs[order[0]] - probs[order[1]],
                     novelty: below as f32 / (usual.len() + 1) as f32,
+                    rarity: 0.0,
                 }
             })
             .collect()
@@ -282,6 +283,7 @@ fn near_duplicates_are_picked_once() {
         confidence: 0.6,
         margin: 0.3,
         novelty: 0.5,
+        rarity: 0.0,
     });
     let other: Vec<Vec<f32>> = (0..20).map(|_| vector(1.0, &mut rng)).collect();
     let mut candidates = Vec::new();
@@ -339,6 +341,7 @@ fn lots_come_from_the_uniform_lane_and_campaigns_are_heard() {
                 confidence: 0.95,
                 margin: if i < 100 { 0.9 } else { 0.7 },
                 novelty: 0.1,
+                rarity: 0.0,
             }),
             lane: match i {
                 0..20 => Lane::Uniform,
@@ -384,6 +387,7 @@ fn odd_pools_are_ranked_or_refused_but_never_panic() {
         confidence: f32::NAN,
         margin: f32::INFINITY,
         novelty: f32::NAN,
+        rarity: 0.0,
     });
     let candidates: Vec<Candidate<'_>> = [&nan[..], &zero, &[], &good, &zero]
         .into_iter()
@@ -458,6 +462,7 @@ proptest! {
                     confidence: 0.5 + margin / 2.0,
                     margin,
                     novelty,
+                    rarity: 0.0,
                 }),
                 track: Some(Track { device: devices[device], frame }),
                 ..bare(seen)

@@ -22,7 +22,7 @@ pub use processes::hold_lifeline;
 
 use crate::api::types::{
     AdvanceRequest, AuditView, DatasetView, DeviceView, EvalRequest, FreezeRequest, ItemView,
-    JobView, ModelView, RolloutRequest, RolloutView, Split, TokenReply, TokenRequest, TrainRequest,
+    JobView, ModelView, QueueItem, RolloutRequest, RolloutView, Split, TokenReply, TokenRequest, TrainRequest,
 };
 use crate::cli::fleet::{audit_line, tally};
 use crate::cli::{EXIT_NEGATIVE, data::percent_encode, format, model as model_cli};
@@ -30,11 +30,13 @@ use crate::client::{ADDRESS_FILE, Client, TOKEN_FILE};
 use crate::keys;
 use labeller::Labeller;
 use processes::{Process, Spec};
-use report::{Report, Round};
+use report::{Found, Report, Round};
 use world::{World, device_id};
 
 /// Share of wrong answers of the simulated labeller.
 const LABELLER_ERROR: f64 = 0.02;
+/// Pictures imported at a time.
+const IMPORTS: usize = 8;
 /// How long a station may take before the demo gives up; far above what any takes.
 const PATIENCE: Duration = Duration::from_secs(600);
 /// How long the server may be away while it starts or starts again.
@@ -339,7 +341,9 @@ impl Demo {
         for number in 1..=self.args.rounds {
             self.stream(u64::from(number) * self.args.frames)?;
             labels += self.label(&mut labeller)?;
-            let round = self.train_and_release(number, labels, false)?;
+            let found = self.found(&labeller)?;
+            let mut round = self.train_and_release(number, labels, false)?;
+            round.found = found;
             rounds.push(round);
         }
         // What trials flagged is still on its way.
@@ -384,16 +388,33 @@ impl Demo {
                 Split::Golden => "golden",
                 Split::Calibration => "calibration",
             };
-            for (class, track, file) in world::draw(&uri, count, stride)? {
-                let _: ItemView = self.client.put_bytes(
-                    &format!(
-                        "/v1/items?split={name}&class={}&track={}",
-                        percent_encode(&class),
-                        percent_encode(&track)
-                    ),
-                    &file,
-                )?;
-                bar.inc(1);
+            let pictures = world::draw(&uri, count, stride)?;
+            // Several at a time, so that one flush of the server's disk serves them all.
+            for group in pictures.chunks(IMPORTS) {
+                let put = |(class, track, file): &(String, String, Vec<u8>)| {
+                    self.client.put_bytes::<ItemView>(
+                        &format!(
+                            "/v1/items?split={name}&class={}&track={}",
+                            percent_encode(class),
+                            percent_encode(track)
+                        ),
+                        file,
+                    )
+                };
+                std::thread::scope(|scope| {
+                    let running: Vec<_> = group
+                        .iter()
+                        .map(|picture| scope.spawn(move || put(picture)))
+                        .collect();
+                    running.into_iter().try_for_each(|thread| {
+                        thread
+                            .join()
+                            .map_err(|_| anyhow::anyhow!("an import was cut short"))?
+                            .map(drop)
+                            .map_err(anyhow::Error::from)
+                    })
+                })?;
+                bar.inc(group.len() as u64);
                 self.disturb();
             }
         }
@@ -440,6 +461,29 @@ impl Demo {
         bar.finish_and_clear();
         self.spent("label", started);
         Ok(labelled)
+    }
+
+    /// Counts what was found, which only the source's truth can tell.
+    fn found(&self, labeller: &Labeller) -> Result<Found> {
+        let items: Vec<QueueItem> = self.client.get("/v1/queue?limit=1000000")?;
+        let mut found = Found::default();
+        for item in items {
+            let truth = labeller
+                .sources
+                .get(&item.device)
+                .and_then(|source| source.truth(item.frame))
+                .unwrap_or_default();
+            let labelled = u32::from(item.state == "labelled");
+            found.uploaded += 1;
+            if self.world.rare.contains(&truth) {
+                found.uploaded_rare += 1;
+                found.labelled_rare += labelled;
+            } else if truth == self.world.late {
+                found.uploaded_late += 1;
+                found.labelled_late += labelled;
+            }
+        }
+        Ok(found)
     }
 
     fn train_and_release(&mut self, number: u32, labels: u32, scratch: bool) -> Result<Round> {
@@ -512,6 +556,7 @@ impl Demo {
             },
             rollout,
             candidate: model.id,
+            found: Found::default(),
         };
         let report = champion.report.context("the champion was not evaluated")?;
         round.measure(&report, &self.world.late);

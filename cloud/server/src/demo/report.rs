@@ -36,6 +36,23 @@ pub struct Round {
     pub rollout: String,
     /// Digest of the candidate that the gate judged.
     pub candidate: String,
+    /// What devices and queue found of the classes that matter.
+    pub found: Found,
+}
+
+/// Distinct pictures so far, by the truth of the source.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Found {
+    /// Uploaded.
+    pub uploaded: u32,
+    /// Uploaded, of a rare class.
+    pub uploaded_rare: u32,
+    /// Uploaded, of the late class.
+    pub uploaded_late: u32,
+    /// Labelled, of a rare class.
+    pub labelled_rare: u32,
+    /// Labelled, of the late class.
+    pub labelled_late: u32,
 }
 
 impl Round {

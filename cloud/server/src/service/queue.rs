@@ -520,6 +520,7 @@ impl Labelling {
                             confidence: scores.confidence,
                             margin: scores.margin,
                             novelty: scores.u_novel,
+                            rarity: scores.rarity,
                         },
                     },
                 );

@@ -21,6 +21,9 @@ use crate::api::types::Split;
 use crate::picture::Picture;
 use crate::store::Store;
 
+/// How often a picture from a device is drawn in training, relative to an imported one: it shows
+/// the world that the model works in, and was chosen for what it teaches.
+const DEVICE_WEIGHT: f32 = 2.0;
 /// Values of the embedding.
 const EMBEDDING: usize = 64;
 /// Largest side of a model's input that is chosen by itself.
@@ -57,6 +60,8 @@ pub struct Stations<'a> {
 struct Labelled {
     picture: Picture,
     class: u32,
+    /// Whether a device saw it, rather than somebody having brought it.
+    from_device: bool,
 }
 
 impl Stations<'_> {
@@ -79,6 +84,7 @@ impl Stations<'_> {
             let labelled = Labelled {
                 picture: self.picture(&item.digest)?,
                 class: item.class,
+                from_device: self.catalog.find_import(&item.digest)?.is_none(),
             };
             match item.split {
                 Share::Train => train.push(labelled),
@@ -118,7 +124,11 @@ impl Stations<'_> {
                 Ok(Example {
                     pixels: Arc::from(small.pixels),
                     label: labelled.class,
-                    weight: 1.0,
+                    weight: if labelled.from_device {
+                        DEVICE_WEIGHT
+                    } else {
+                        1.0
+                    },
                 })
             })
             .collect::<Result<Vec<_>, Fault>>()?;
@@ -209,6 +219,7 @@ impl Stations<'_> {
                 held_out.push(Labelled {
                     picture: self.picture(&import.digest)?,
                     class: class as u32,
+                    from_device: false,
                 });
             }
         }
@@ -313,8 +324,8 @@ fn fresh_net(train: &[Labelled], classes: usize) -> Result<(NetConfig, InputSpec
 
 /// Steps of a run that was not told: passes over the data, within bounds that keep a round short.
 fn steps_for(examples: usize, fine_tune: bool) -> usize {
-    let passes = if fine_tune { 12 } else { 20 };
-    (examples * passes / 64).clamp(300, 600)
+    let passes = if fine_tune { 30 } else { 25 };
+    (examples * passes / 64).clamp(300, 1000)
 }
 
 fn encode<T: serde::Serialize>(value: &T) -> Result<Vec<u8>, Fault> {
@@ -365,8 +376,8 @@ mod tests {
     #[test]
     fn steps_grow_with_the_data_within_bounds() {
         assert_eq!(steps_for(10, true), 300);
-        assert_eq!(steps_for(100_000, false), 600);
-        assert!(steps_for(1_500, false) >= steps_for(1_500, true));
+        assert_eq!(steps_for(100_000, false), 1000);
+        assert!(steps_for(1_500, true) > steps_for(500, true));
     }
 
     #[test]
@@ -379,6 +390,7 @@ mod tests {
                 pixels: vec![0; (width * height) as usize * channels as usize],
             },
             class: 0,
+            from_device: false,
         };
         let (net, input) = fresh_net(&[labelled(28, 28, 1)], 3).unwrap();
         assert_eq!((net.width, net.channels, net.classes), (28, 1, 3));

@@ -144,6 +144,7 @@ impl SampleMeta {
                 novelty: finite(scores.novelty),
                 u_unsure: finite(scores.u_unsure),
                 u_novel: finite(scores.u_novel),
+                rarity: finite(scores.rarity),
                 ..scores
             },
             embedding_scale: finite(sample.embedding_scale),

@@ -429,7 +429,7 @@ impl Spool {
             let spooled: RangeSet = self
                 .held
                 .range(
-                    SampleKey { epoch, seq: 1 }..=SampleKey {
+                    SampleKey { epoch, seq: 0 }..=SampleKey {
                         epoch,
                         seq: flagged,
                     },

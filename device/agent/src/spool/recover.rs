@@ -172,6 +172,9 @@ impl Spool {
             }
         }
         let recovery = spool.book_missing(&scan.damaged);
+        // A power cut may have undone evictions, or the quota was lowered. It cannot fail: all
+        // samples are unsent, and none is worth more than 1.
+        let _ = spool.make_room(0, 1.0);
         // The losses must be on disk before the torn ends that explain them are cut off.
         spool.sync()?;
         spool.save_accounts().map_err(SpoolError::Ledger)?;

@@ -39,7 +39,7 @@ fn plain(scores: Option<&Scores>, draw: u32) -> Observation<'_> {
         scores,
         signature: None,
         disagree: false,
-        wanted: false,
+        wanted: 0.0,
         draw,
     }
 }
@@ -51,7 +51,7 @@ struct Step {
     scores: Option<Scores>,
     signature: Option<u64>,
     disagree: bool,
-    wanted: bool,
+    wanted: f32,
     draw: u32,
 }
 
@@ -74,7 +74,7 @@ fn step() -> impl Strategy<Value = Step> {
                 scores,
                 signature,
                 disagree,
-                wanted,
+                wanted: f32::from(u8::from(wanted)),
                 draw,
             },
         )
