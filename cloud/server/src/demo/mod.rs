@@ -82,7 +82,7 @@ pub struct DemoArgs {
     #[arg(long, default_value_t = 5000, value_parser = clap::value_parser!(u64).range(200..))]
     frames: u64,
     /// Share of the bytes seen that devices may upload, in percent.
-    #[arg(long, default_value_t = 4.0)]
+    #[arg(long, default_value_t = 4.5)]
     budget: f64,
     /// How samples are chosen.
     #[arg(long, value_enum, default_value_t = Select::Flywheel)]
