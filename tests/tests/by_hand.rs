@@ -101,11 +101,33 @@ fn every_station_works_by_hand() -> Result<()> {
     let dir = cloud.dir.path().to_owned();
 
     // What people have at the start: labelled pictures of a clear day, and a set to judge by.
-    pictures("sim:roads?seed=1&conditions=clear-day", 400, &dir.join("train"))?;
+    pictures(
+        "sim:roads?seed=1&conditions=clear-day",
+        400,
+        &dir.join("train"),
+    )?;
     pictures("sim:roads?seed=2&mix=balanced", 180, &dir.join("golden"))?;
-    cloud.run(&["dataset", "import", &cloud.path("train"), "--split", "train"])?;
-    cloud.run(&["dataset", "import", &cloud.path("golden"), "--split", "golden"])?;
-    let again = cloud.json(&["dataset", "import", &cloud.path("golden"), "--split", "golden"])?;
+    cloud.run(&[
+        "dataset",
+        "import",
+        &cloud.path("train"),
+        "--split",
+        "train",
+    ])?;
+    cloud.run(&[
+        "dataset",
+        "import",
+        &cloud.path("golden"),
+        "--split",
+        "golden",
+    ])?;
+    let again = cloud.json(&[
+        "dataset",
+        "import",
+        &cloud.path("golden"),
+        "--split",
+        "golden",
+    ])?;
     assert_eq!(again["imported"], 0);
     assert_eq!(again["known"], 180);
 
@@ -123,7 +145,11 @@ fn every_station_works_by_hand() -> Result<()> {
     assert_eq!(judged["report"]["items"], 180);
     cloud.run(&["model", "promote", &model[..10], "--keys", &keys])?;
     assert!(cloud.run(&["model", "ls"])?.contains("champion"));
-    assert!(cloud.run(&["model", "show", "champion"])?.contains("recall"));
+    assert!(
+        cloud
+            .run(&["model", "show", "champion"])?
+            .contains("recall")
+    );
 
     // No device yet: the rollout is refused and says what to do.
     let refused = cloud.fail(1, &["rollout", "start", &model[..10]])?;
@@ -153,8 +179,14 @@ fn every_station_works_by_hand() -> Result<()> {
     cloud.run(&["queue", "label", &first, "stop", "--worker", "ann"])?;
     let twice = cloud.fail(1, &["queue", "label", &first, "stop", "--worker", "ann"])?;
     assert!(twice.contains("already"), "{twice}");
-    cloud.run(&["queue", "skip", &second, "--reason", "too dark", "--worker", "ann"])?;
-    assert!(cloud.run(&["queue", "ls", "--state", "labelled"])?.contains("stop"));
+    cloud.run(&[
+        "queue", "skip", &second, "--reason", "too dark", "--worker", "ann",
+    ])?;
+    assert!(
+        cloud
+            .run(&["queue", "ls", "--state", "labelled"])?
+            .contains("stop")
+    );
     let shown = cloud.run(&["queue", "next", "--worker", "ann"])?;
     assert!(shown.contains("/v1/pictures/"), "{shown}");
 
@@ -245,32 +277,74 @@ fn bad_input_gets_a_clear_error() -> Result<()> {
     // A second server on the same data folder.
     let second = cloud.flywheel.fail(
         1,
-        &["serve", "--data", &cloud.data(), "--keys", &cloud.path("keys"), "--http-port", "0"],
+        &[
+            "serve",
+            "--data",
+            &cloud.data(),
+            "--keys",
+            &cloud.path("keys"),
+            "--http-port",
+            "0",
+        ],
     )?;
-    assert!(second.contains("cloud") && second.contains("in use"), "{second}");
+    assert!(
+        second.contains("cloud") && second.contains("in use"),
+        "{second}"
+    );
 
     // A wrong token, no token, no server.
     let address = std::fs::read_to_string(dir.join("cloud/api-address"))?;
-    let wrong = cloud
-        .flywheel
-        .fail(5, &["queue", "ls", "--server", address.trim(), "--token", "guess"])?;
+    let wrong = cloud.flywheel.fail(
+        5,
+        &[
+            "queue",
+            "ls",
+            "--server",
+            address.trim(),
+            "--token",
+            "guess",
+        ],
+    )?;
     assert!(wrong.contains("token"), "{wrong}");
     let none = cloud.flywheel.fail(5, &["queue", "ls"])?;
     assert!(none.contains("FLYWHEEL_TOKEN"), "{none}");
-    let nobody = cloud
-        .flywheel
-        .fail(4, &["queue", "ls", "--server", "http://127.0.0.1:1", "--token", "x"])?;
+    let nobody = cloud.flywheel.fail(
+        4,
+        &[
+            "queue",
+            "ls",
+            "--server",
+            "http://127.0.0.1:1",
+            "--token",
+            "x",
+        ],
+    )?;
     assert!(nobody.contains("127.0.0.1:1"), "{nobody}");
 
     // A corrupt picture, and one that would leak from the golden set into training.
     let train = dir.join("train/stop");
     std::fs::create_dir_all(&train)?;
     std::fs::write(train.join("bad.png"), b"\x89PNG\r\n\x1a\nnot really")?;
-    let corrupt = cloud.fail(1, &["dataset", "import", &cloud.path("train"), "--split", "train"])?;
-    assert!(corrupt.contains("bad.png") && corrupt.contains("damaged"), "{corrupt}");
+    let corrupt = cloud.fail(
+        1,
+        &[
+            "dataset",
+            "import",
+            &cloud.path("train"),
+            "--split",
+            "train",
+        ],
+    )?;
+    assert!(
+        corrupt.contains("bad.png") && corrupt.contains("damaged"),
+        "{corrupt}"
+    );
     pictures("sim:roads?seed=5", 1, &dir.join("one"))?;
     cloud.run(&["dataset", "import", &cloud.path("one"), "--split", "golden"])?;
-    let leak = cloud.fail(1, &["dataset", "import", &cloud.path("one"), "--split", "train"])?;
+    let leak = cloud.fail(
+        1,
+        &["dataset", "import", &cloud.path("one"), "--split", "train"],
+    )?;
     assert!(leak.contains("one set only"), "{leak}");
 
     // Names that do not exist.
@@ -295,7 +369,10 @@ fn bad_input_gets_a_clear_error() -> Result<()> {
         .run(&["agent", "run", "--config", &device.config])?;
     let text = String::from_utf8_lossy(&unknown.stderr);
     assert!(!unknown.status.success());
-    assert!(text.contains("sauce") && text.contains("cam2.toml"), "{text}");
+    assert!(
+        text.contains("sauce") && text.contains("cam2.toml"),
+        "{text}"
+    );
     Ok(())
 }
 

@@ -11,8 +11,21 @@ fn demo(extra: &[&str]) -> Result<(Value, String)> {
     let report_path = report.to_string_lossy();
     let args = [
         &[
-            "demo", "--rounds", "1", "--devices", "2", "--labels", "60", "--frames", "1500",
-            "--steps", "150", "--scale", "0.3", "--json", &report_path,
+            "demo",
+            "--rounds",
+            "1",
+            "--devices",
+            "2",
+            "--labels",
+            "60",
+            "--frames",
+            "1500",
+            "--steps",
+            "150",
+            "--scale",
+            "0.3",
+            "--json",
+            &report_path,
         ],
         extra,
     ]

@@ -208,9 +208,7 @@ impl Cloud {
         let listener = tokio::net::TcpListener::bind(address)
             .await
             .with_context(|| {
-                format!(
-                    "the API can't listen on {address}; choose another port with --http-port"
-                )
+                format!("the API can't listen on {address}; choose another port with --http-port")
             })?;
         tokio::spawn(Self::carry_on(cloud.clone()));
         write_private(
@@ -374,11 +372,7 @@ impl Cloud {
     /// If the device id is not one.
     pub fn make_token(&self, request: &TokenRequest) -> Result<TokenReply, Fault> {
         let expires_ms = now_ms() + request.ttl_s.unwrap_or(TOKEN_LIFE_S).saturating_mul(1000);
-        let device = request
-            .device
-            .as_deref()
-            .map(parse_device)
-            .transpose()?;
+        let device = request.device.as_deref().map(parse_device).transpose()?;
         let token = self.fleet.mint_token(&Grant {
             group: request
                 .group
@@ -491,21 +485,22 @@ impl Cloud {
     fn device_view(&self, device: fleet::DeviceView) -> Result<DeviceView, Fault> {
         let health = device.health.map(|stored| stored.health);
         let model = match health.as_ref().and_then(|health| health.live) {
-            Some(digest) => self
-                .registry
-                .by_manifest(&digest)?
-                .map(|model| model.id),
+            Some(digest) => self.registry.by_manifest(&digest)?.map(|model| model.id),
             None => None,
         };
         let health = health.as_ref();
         let text = |pick: fn(&crate::ingest::OwnedHealth) -> &String| {
-            health.map(|health| pick(health).clone()).unwrap_or_default()
+            health
+                .map(|health| pick(health).clone())
+                .unwrap_or_default()
         };
         Ok(DeviceView {
             id: device.record.device.to_string(),
             group: device.record.group,
             revoked: device.record.revoked_at_ms.is_some(),
-            transport: device.connected.map(|transport| transport.name().to_owned()),
+            transport: device
+                .connected
+                .map(|transport| transport.name().to_owned()),
             last_seen_ms: device.last_seen_ms,
             hardware: text(|health| &health.hardware),
             source: text(|health| &health.source),
@@ -531,8 +526,7 @@ impl Cloud {
                 changed = changes.changed() => if changed.is_err() { return },
             }
             let cloud = cloud.clone();
-            let advanced =
-                tokio::task::spawn_blocking(move || cloud.advance_rollouts()).await;
+            let advanced = tokio::task::spawn_blocking(move || cloud.advance_rollouts()).await;
             match advanced {
                 Ok(Ok(())) => {}
                 Ok(Err(fault)) => tracing::error!(%fault, "a rollout can't go on"),
@@ -657,8 +651,19 @@ mod tests {
         assert!(!format!("{url:?}").contains("a:b"));
         let url: BrokerUrl = "mqtt://127.0.0.1:1".parse().unwrap();
         assert_eq!(url.credentials, None);
-        for bad in ["broker:1883", "mqtt://broker", "mqtt://me@broker:1", "mqtt://:1", "mqtt://b:x"] {
-            assert!(bad.parse::<BrokerUrl>().unwrap_err().contains("mqtt://USER"), "{bad}");
+        for bad in [
+            "broker:1883",
+            "mqtt://broker",
+            "mqtt://me@broker:1",
+            "mqtt://:1",
+            "mqtt://b:x",
+        ] {
+            assert!(
+                bad.parse::<BrokerUrl>()
+                    .unwrap_err()
+                    .contains("mqtt://USER"),
+                "{bad}"
+            );
         }
     }
 }

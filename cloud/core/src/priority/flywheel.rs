@@ -72,10 +72,7 @@ pub(super) fn rank(
                 1.0
             };
             let rare = unit_or(candidate.prediction.map(|p| p.rarity), 0.0);
-            asked
-                * (1.0 - margin_of(candidate)
-                    + NOVELTY_WEIGHT * evidence[i]
-                    + RARE_WEIGHT * rare)
+            asked * (1.0 - margin_of(candidate) + NOVELTY_WEIGHT * evidence[i] + RARE_WEIGHT * rare)
         })
         .collect();
     let mut open: Vec<bool> = short.iter().map(|&i| !limits.is_taken(i)).collect();

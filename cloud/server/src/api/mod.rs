@@ -129,6 +129,8 @@ async fn blocking<T: Send + 'static>(
 ) -> Result<Json<T>, Fault> {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result.map(Json),
-        Err(error) => Err(Fault::Internal(format!("the request was cut short: {error}"))),
+        Err(error) => Err(Fault::Internal(format!(
+            "the request was cut short: {error}"
+        ))),
     }
 }

@@ -107,10 +107,7 @@ async fn item(State(cloud): Shared, Path(item): Path<u64>) -> Result<Json<QueueI
 
 /// A picture as PNG.
 #[utoipa::path(get, path = "/v1/pictures/{digest}", params(("digest" = String, Path, description = "SHA-256 of the stored bytes")), responses((status = 200, content_type = "image/png"), (status = 404, body = ErrorBody)), tag = "queue")]
-async fn picture(
-    State(cloud): Shared,
-    Path(digest): Path<String>,
-) -> Result<Response, Fault> {
+async fn picture(State(cloud): Shared, Path(digest): Path<String>) -> Result<Response, Fault> {
     let Json(png) = blocking(move || {
         let digest: Digest = digest
             .parse()
@@ -122,7 +119,10 @@ async fn picture(
     Ok((
         [
             (header::CONTENT_TYPE, "image/png"),
-            (header::CACHE_CONTROL, "private, max-age=31536000, immutable"),
+            (
+                header::CACHE_CONTROL,
+                "private, max-age=31536000, immutable",
+            ),
         ],
         png,
     )
@@ -161,10 +161,7 @@ async fn datasets(State(cloud): Shared) -> Result<Json<Vec<DatasetView>>, Fault>
 
 /// One dataset version.
 #[utoipa::path(get, path = "/v1/datasets/{id}", params(("id" = String, Path, description = "Its id or the beginning of it")), responses((status = 200, body = DatasetView), (status = 404, body = ErrorBody)), tag = "datasets")]
-async fn dataset(
-    State(cloud): Shared,
-    Path(id): Path<String>,
-) -> Result<Json<DatasetView>, Fault> {
+async fn dataset(State(cloud): Shared, Path(id): Path<String>) -> Result<Json<DatasetView>, Fault> {
     blocking(move || {
         let (id, manifest) = cloud.catalog.find(&id)?;
         cloud.catalog.view(&id, &manifest)

@@ -354,10 +354,7 @@ mod tests {
         let classes = ["stop".to_owned(), "yield".to_owned()];
         let parse = |line: &str| parse_answer(line, &item(), &classes);
         assert_eq!(parse("2").unwrap(), Answer::Class("yield".to_owned()));
-        assert_eq!(
-            parse("deer\n").unwrap(),
-            Answer::Class("deer".to_owned())
-        );
+        assert_eq!(parse("deer\n").unwrap(), Answer::Class("deer".to_owned()));
         assert_eq!(parse("").unwrap(), Answer::Class("stop".to_owned()));
         assert_eq!(
             parse("s too dark").unwrap(),

@@ -18,7 +18,12 @@ use crate::service::queue::Ranking;
 )]
 pub struct ServeArgs {
     /// Folder of everything that the server keeps.
-    #[arg(long, env = "FLYWHEEL_DATA_DIR", default_value = "flywheel-data", value_name = "DIR")]
+    #[arg(
+        long,
+        env = "FLYWHEEL_DATA_DIR",
+        default_value = "flywheel-data",
+        value_name = "DIR"
+    )]
     data: PathBuf,
     /// Folder with rollout.key and trust.bin.
     #[arg(long, env = "FLYWHEEL_KEYS", value_name = "DIR")]
@@ -37,7 +42,11 @@ pub struct ServeArgs {
     #[arg(long, default_value_t = 0, value_name = "PORT")]
     quic_port: u16,
     /// Use this broker instead of the embedded one, as the server reaches it.
-    #[arg(long, value_name = "mqtt://USER:PASSWORD@HOST:PORT", requires = "broker_for_devices")]
+    #[arg(
+        long,
+        value_name = "mqtt://USER:PASSWORD@HOST:PORT",
+        requires = "broker_for_devices"
+    )]
     broker: Option<BrokerUrl>,
     /// Where devices reach that broker, by TLS with their certificates.
     #[arg(long, value_name = "HOST:PORT", requires = "broker")]
@@ -67,8 +76,9 @@ pub struct ServeArgs {
 pub fn run(args: ServeArgs) -> Result<ExitCode> {
     tracing_subscriber::fmt()
         .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_env("FLYWHEEL_LOG")
-                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,rumqttd=off,quinn=warn,tract=warn")),
+            tracing_subscriber::EnvFilter::try_from_env("FLYWHEEL_LOG").unwrap_or_else(|_| {
+                tracing_subscriber::EnvFilter::new("info,rumqttd=off,quinn=warn,tract=warn")
+            }),
         )
         .with_writer(std::io::stderr)
         .init();

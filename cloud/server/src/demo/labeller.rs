@@ -89,10 +89,14 @@ impl Labeller {
         match client.post::<_, QueueItem>("/v1/queue/label", &request) {
             Ok(_) => {}
             // The server was killed after it stored the label and before it answered.
-            Err(ClientError::Refused { status: 409, message }) if message.contains("labelled") => {}
+            Err(ClientError::Refused {
+                status: 409,
+                message,
+            }) if message.contains("labelled") => {}
             Err(error) => return Err(error.into()),
         }
-        self.answers.insert((item.device.clone(), item.frame), class);
+        self.answers
+            .insert((item.device.clone(), item.frame), class);
         Ok(true)
     }
 
@@ -108,7 +112,11 @@ impl Labeller {
         .0;
         let [a, b, c, d, e, f, g, h, ..] = draw;
         let unit = f64::from(u32::from_le_bytes([a, b, c, d])) / f64::from(u32::MAX);
-        let others: Vec<&String> = self.classes.iter().filter(|class| *class != truth).collect();
+        let others: Vec<&String> = self
+            .classes
+            .iter()
+            .filter(|class| *class != truth)
+            .collect();
         if unit >= self.error_rate || others.is_empty() {
             return truth.to_owned();
         }

@@ -22,7 +22,8 @@ pub use processes::hold_lifeline;
 
 use crate::api::types::{
     AdvanceRequest, AuditView, DatasetView, DeviceView, EvalRequest, FreezeRequest, ItemView,
-    JobView, ModelView, QueueItem, RolloutRequest, RolloutView, Split, TokenReply, TokenRequest, TrainRequest,
+    JobView, ModelView, QueueItem, RolloutRequest, RolloutView, Split, TokenReply, TokenRequest,
+    TrainRequest,
 };
 use crate::cli::fleet::{audit_line, tally};
 use crate::cli::{EXIT_NEGATIVE, data::percent_encode, format, model as model_cli};
@@ -134,7 +135,9 @@ pub fn run(args: DemoArgs) -> Result<ExitCode> {
     let temporary;
     let dir = match &args.dir {
         Some(dir) => {
-            if dir.exists() && std::fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_some()) {
+            if dir.exists()
+                && std::fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_some())
+            {
                 bail!(
                     "--dir {} is not empty; the demo starts from nothing: give a new folder",
                     dir.display()
@@ -698,7 +701,10 @@ fn wait_for(process: &Process, what: &str, ready: impl Fn() -> Result<bool>) -> 
     while !ready()? {
         process.check()?;
         if Instant::now() > deadline {
-            bail!("waited in vain for {what}; see the log of {}", process.name());
+            bail!(
+                "waited in vain for {what}; see the log of {}",
+                process.name()
+            );
         }
         std::thread::park_timeout(Duration::from_millis(50));
     }
@@ -719,7 +725,10 @@ mod tests {
         assert_eq!(parse_rare("8=0.005"), Ok(("8".to_owned(), 0.005)));
         assert_eq!(parse_rare("a=b=0.5"), Ok(("a=b".to_owned(), 0.5)));
         for bad in ["8", "8=", "8=2", "=0.1", "8=-0.1"] {
-            assert!(parse_rare(bad).unwrap_err().contains("CLASS=SHARE"), "{bad}");
+            assert!(
+                parse_rare(bad).unwrap_err().contains("CLASS=SHARE"),
+                "{bad}"
+            );
         }
     }
 

@@ -7,10 +7,10 @@ use cloud_core::evaluate::{self, Outcome, Report};
 use cloud_core::gate;
 use flywheel_shared::ids::Digest;
 
+use super::Fault;
 use super::inference::{Inference, Scorer};
 use super::registry::ModelRecord;
 use super::training::Stations;
-use super::Fault;
 use crate::api::types::{GateView, Split};
 
 /// What one model said about the golden set.

@@ -127,7 +127,11 @@ impl Jobs {
             }
             .to_owned(),
             state: state.to_owned(),
-            step: if job.ended_ms > 0 { at.steps.max(1) } else { at.step },
+            step: if job.ended_ms > 0 {
+                at.steps.max(1)
+            } else {
+                at.step
+            },
             steps: at.steps.max(1),
             message: at.message,
             model,

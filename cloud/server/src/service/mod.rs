@@ -111,6 +111,9 @@ mod tests {
         assert_eq!(find("b").unwrap(), "b");
         assert!(matches!(find("abc"), Err(Fault::Invalid(_))));
         assert!(matches!(find("x"), Err(Fault::NotFound(_))));
-        assert!(matches!(find(""), Err(Fault::Invalid(_) | Fault::NotFound(_))));
+        assert!(matches!(
+            find(""),
+            Err(Fault::Invalid(_) | Fault::NotFound(_))
+        ));
     }
 }

@@ -15,9 +15,7 @@ use super::catalog::{Catalog, QueueLabel};
 use super::inference::{Inference, Scorer};
 use super::registry::{ModelRecord, Registry};
 use super::{Fault, blob, lock, now_ms};
-use crate::api::types::{
-    LabelRequest, NextRequest, QueueItem, QueueStats, SkipRequest, Split,
-};
+use crate::api::types::{LabelRequest, NextRequest, QueueItem, QueueStats, SkipRequest, Split};
 use crate::picture::Picture;
 use crate::store::{SampleMeta, Store};
 
@@ -574,12 +572,9 @@ impl State {
             Status::Leased { worker, until_ms } => {
                 ("leased", Some(worker.clone()), None, Some(*until_ms))
             }
-            Status::Labelled { class, worker, .. } => (
-                "labelled",
-                Some(worker.clone()),
-                Some(class.clone()),
-                None,
-            ),
+            Status::Labelled { class, worker, .. } => {
+                ("labelled", Some(worker.clone()), Some(class.clone()), None)
+            }
             Status::Skipped { worker, .. } => ("skipped", Some(worker.clone()), None, None),
         };
         Ok(QueueItem {
@@ -591,8 +586,12 @@ impl State {
             frame: sample.frame,
             captured_ms: sample.captured_ms,
             lane: sample.lane.name().to_owned(),
-            guess: note.and_then(|note| note.guess.clone()).map(|guess| guess.0),
-            confidence: note.and_then(|note| note.guess.as_ref()).map(|guess| guess.1),
+            guess: note
+                .and_then(|note| note.guess.clone())
+                .map(|guess| guess.0),
+            confidence: note
+                .and_then(|note| note.guess.as_ref())
+                .map(|guess| guess.1),
             why: note.map(|note| note.why.clone()).unwrap_or_default(),
             state: state.to_owned(),
             worker,

@@ -158,7 +158,12 @@ impl Registry {
             });
         }
         let models = self.list()?;
-        let id = by_prefix("model", wanted, models.iter().map(|model| model.id.as_str()))?.to_owned();
+        let id = by_prefix(
+            "model",
+            wanted,
+            models.iter().map(|model| model.id.as_str()),
+        )?
+        .to_owned();
         models
             .into_iter()
             .find(|model| model.id == id)
@@ -247,7 +252,10 @@ impl Registry {
         let mut model = self.find(wanted)?;
         match &model.gate {
             Some(gate) if gate.passed => {}
-            _ if request.force.as_deref().is_some_and(|why| !why.trim().is_empty()) => {}
+            _ if request
+                .force
+                .as_deref()
+                .is_some_and(|why| !why.trim().is_empty()) => {}
             Some(gate) => {
                 return Err(Fault::Conflict(format!(
                     "the gate refused model {}: {}; to promote it all the same give a reason with --force",

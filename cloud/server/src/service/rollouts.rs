@@ -6,7 +6,9 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
-use cloud_core::rollout::{Action, Control, Device, Policy, Progress, Report, Rollout, Share, State};
+use cloud_core::rollout::{
+    Action, Control, Device, Policy, Progress, Report, Rollout, Share, State,
+};
 use ed25519_dalek::SigningKey;
 use flywheel_shared::ids::DeviceId;
 use flywheel_shared::message::SlotState;
@@ -277,7 +279,9 @@ impl Rollouts {
             .get_mut(&number)
             .ok_or_else(|| Fault::NotFound(format!("there is no rollout {id}")))?;
         if record.ended.is_some() {
-            return Err(Fault::Conflict(format!("rollout {number} has ended already")));
+            return Err(Fault::Conflict(format!(
+                "rollout {number} has ended already"
+            )));
         }
         let mut next = record.clone();
         next.plan.control = Control::Aborted;
@@ -367,7 +371,9 @@ impl Rollouts {
 fn find(rollouts: &BTreeMap<u64, RolloutRecord>, id: &str) -> Result<u64, Fault> {
     if id == "latest" {
         return rollouts.keys().last().copied().ok_or_else(|| {
-            Fault::NotFound("there is no rollout yet; start one with `flywheel rollout start`".to_owned())
+            Fault::NotFound(
+                "there is no rollout yet; start one with `flywheel rollout start`".to_owned(),
+            )
         });
     }
     id.parse()

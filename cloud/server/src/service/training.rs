@@ -110,9 +110,10 @@ impl Stations<'_> {
             None => fresh_net(&train, dataset.classes.len())?,
         };
         let mut config = TrainConfig::new(net, input, run.seed);
-        config.steps = run
-            .steps
-            .map_or_else(|| steps_for(train.len(), champion.is_some()), |steps| steps as usize);
+        config.steps = run.steps.map_or_else(
+            || steps_for(train.len(), champion.is_some()),
+            |steps| steps as usize,
+        );
         let examples = train
             .iter()
             .map(|labelled| {
@@ -215,7 +216,11 @@ impl Stations<'_> {
     ) -> Result<Vec<u8>, Fault> {
         let mut held_out = validation;
         for import in self.catalog.imports(Split::Calibration)? {
-            if let Some(class) = model.classes.iter().position(|class| *class == import.class) {
+            if let Some(class) = model
+                .classes
+                .iter()
+                .position(|class| *class == import.class)
+            {
                 held_out.push(Labelled {
                     picture: self.picture(&import.digest)?,
                     class: class as u32,
@@ -354,7 +359,12 @@ fn golden_inputs(
         let picture = labelled.picture.resized(width, height, channels)?;
         inference.run(&picture)?;
         frames.extend_from_slice(&picture.pixels);
-        logits.extend(inference.logits.iter().flat_map(|logit| logit.to_le_bytes()));
+        logits.extend(
+            inference
+                .logits
+                .iter()
+                .flat_map(|logit| logit.to_le_bytes()),
+        );
     }
     let side = |side: u32| {
         u16::try_from(side).map_err(|_| Fault::Invalid(format!("a picture side of {side} pixels")))
