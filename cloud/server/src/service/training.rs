@@ -23,7 +23,7 @@ use crate::store::Store;
 
 /// How often a picture from a device is drawn in training, relative to an imported one: it shows
 /// the world that the model works in, and was chosen for what it teaches.
-const DEVICE_WEIGHT: f32 = 2.0;
+const DEVICE_WEIGHT: f32 = 3.0;
 /// Values of the embedding.
 const EMBEDDING: usize = 64;
 /// Largest side of a model's input that is chosen by itself.

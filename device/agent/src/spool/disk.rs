@@ -46,7 +46,7 @@ impl Folder {
     }
 
     fn file(&mut self, name: &str) -> io::Result<&File> {
-        if !self.open.as_ref().is_some_and(|(open, _)| open == name) {
+        if self.open.as_ref().is_none_or(|(open, _)| open != name) {
             let file = OpenOptions::new().write(true).open(self.path.join(name))?;
             self.open = Some((name.to_owned(), file));
         }
