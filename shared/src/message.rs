@@ -147,6 +147,9 @@ pub struct Sample<'a> {
     pub frame: u64,
     /// Capture time, Unix milliseconds.
     pub captured_ms: u64,
+    /// The encounter that the source's tracker puts the frame in: frames of one track show the
+    /// same thing. Tracks of one device have different numbers.
+    pub track: u64,
     /// The first 8 bytes of the digest of the manifest whose model scored it; zero for none.
     pub model: [u8; 8],
     /// Why it was kept.

@@ -199,7 +199,8 @@ fn every_station_works_by_hand() -> Result<()> {
     let next = cloud.json(&["dataset", "freeze"])?;
     let next = next["id"].as_str().context("no dataset id")?.to_owned();
     let diff = cloud.json(&["dataset", "diff", &dataset, &next])?;
-    assert_eq!(diff["added"], 1);
+    // The label, and the other pictures of the same encounter.
+    assert!(diff["added"].as_u64() >= Some(1), "{diff}");
 
     // The agent goes on by itself, and the books balance while it runs.
     assert!(agent.is_running());

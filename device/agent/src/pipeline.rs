@@ -286,6 +286,7 @@ impl Pipeline {
             seq: 0,
             frame: self.progress.frame,
             captured_ms: meta.captured_ms,
+            track: meta.track,
             model: model.map_or([0; 8], |digest| {
                 let [a, b, c, d, e, f, g, h, ..] = digest.0;
                 [a, b, c, d, e, f, g, h]

@@ -72,7 +72,7 @@ impl core::error::Error for ScoreError {}
 ///   `energy`.
 /// - `u_unsure`, `u_novel`: [`conformal`] of −margin and of novelty.
 /// - `rarity` = Σ pₖ·max(0, 1 − nₖ/(¾n̄)), nₖ the training items of class k and n̄ their mean over
-///   the classes that have any: the expected need for a label, linear from none to ¾ of the mean.
+///   the classes that have any: the expected need for a label, linear from none to ¾ of it.
 ///
 /// Finite inputs give finite scores: distances that overflow saturate at `f32::MAX`, which is
 /// most novel.

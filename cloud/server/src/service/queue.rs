@@ -24,8 +24,6 @@ const EVENTS: &str = "queue";
 const FOLLOW_STEP: usize = 1024;
 /// Default lease: long enough to look closely, short enough that a closed laptop blocks nobody.
 const LEASE_S: u64 = 300;
-/// Frames of one device so close together show one encounter.
-const TRACK_FRAMES: u64 = 16;
 
 /// How the queue ranks.
 #[derive(Clone, Copy, Debug)]
@@ -276,18 +274,40 @@ impl Labelling {
         })
     }
 
-    /// The labels that stand.
+    /// The labels that stand, and those that follow from them: an unlabelled picture of a track
+    /// in which people agree on a class shows the same thing and gets the same class. What was
+    /// put aside stays out.
     pub fn labels(&self) -> Vec<QueueLabel> {
         let state = lock(&self.state);
+        let track_of = |sample: &SampleMeta| (sample.device.clone(), sample.track);
+        // `None` where people disagree within a track.
+        let mut tracks: BTreeMap<_, Option<(&str, u64)>> = BTreeMap::new();
+        for (id, class, at_ms) in state.queue.labels() {
+            if let Some(sample) = state.samples.get(&id) {
+                tracks
+                    .entry(track_of(sample))
+                    .and_modify(|known| {
+                        if known.is_some_and(|(other, _)| other != class) {
+                            *known = None;
+                        }
+                    })
+                    .or_insert(Some((class, at_ms)));
+            }
+        }
         state
             .queue
-            .labels()
-            .filter_map(|(id, class, at_ms)| {
+            .items()
+            .filter_map(|(id, item)| {
                 let sample = state.samples.get(&id)?;
+                let (class, at_ms) = match &item.status {
+                    Status::Labelled { class, at_ms, .. } => (class.as_str(), *at_ms),
+                    Status::Skipped { .. } => return None,
+                    _ => (*tracks.get(&track_of(sample))?)?,
+                };
                 Some(QueueLabel {
                     digest: sample.blob,
                     class: class.to_owned(),
-                    track: format!("{}/{}", sample.device, sample.frame / TRACK_FRAMES),
+                    track: format!("{}/{}", sample.device, sample.track),
                     at_ms,
                 })
             })

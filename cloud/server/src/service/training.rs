@@ -329,8 +329,8 @@ fn fresh_net(train: &[Labelled], classes: usize) -> Result<(NetConfig, InputSpec
 
 /// Steps of a run that was not told: passes over the data, within bounds that keep a round short.
 fn steps_for(examples: usize, fine_tune: bool) -> usize {
-    let passes = if fine_tune { 45 } else { 25 };
-    (examples * passes / 64).clamp(300, 1500)
+    let passes = if fine_tune { 55 } else { 25 };
+    (examples * passes / 64).clamp(300, 2200)
 }
 
 fn encode<T: serde::Serialize>(value: &T) -> Result<Vec<u8>, Fault> {
@@ -386,7 +386,7 @@ mod tests {
     #[test]
     fn steps_grow_with_the_data_within_bounds() {
         assert_eq!(steps_for(10, true), 300);
-        assert_eq!(steps_for(100_000, false), 1500);
+        assert_eq!(steps_for(100_000, false), 2200);
         assert!(steps_for(1_500, true) > steps_for(500, true));
     }
 

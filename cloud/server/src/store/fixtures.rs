@@ -11,6 +11,7 @@ pub(crate) fn sample(seq: u32, picture: &[u8]) -> Record<'_> {
         seq,
         frame: u64::from(seq) * 10,
         captured_ms: 1_000 + u64::from(seq),
+        track: u64::from(seq),
         model: [7; 8],
         lane: Lane::Unsure,
         inclusion: 0.0,

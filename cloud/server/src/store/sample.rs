@@ -73,6 +73,8 @@ pub struct SampleMeta {
     pub frame: u64,
     /// Capture time by the device's clock, Unix milliseconds.
     pub captured_ms: u64,
+    /// The encounter that the device's tracker put the frame in.
+    pub track: u64,
     /// When the cloud took it, Unix milliseconds.
     pub received_ms: u64,
     /// First 8 bytes of the digest of the manifest whose model scored it; zero for none.
@@ -132,6 +134,7 @@ impl SampleMeta {
             seq: sample.seq,
             frame: sample.frame,
             captured_ms: sample.captured_ms,
+            track: sample.track,
             received_ms,
             model: sample.model,
             lane: sample.lane,

@@ -164,6 +164,7 @@ fn push(spool: &mut Spool, len: usize, value: f32) -> Pushed {
         seq: 0,
         frame: 9,
         captured_ms: 1,
+        track: 1,
         model: [1; 8],
         lane: Lane::Novel,
         inclusion: 0.0,
