@@ -380,7 +380,7 @@ fn bad_input_gets_a_clear_error() -> Result<()> {
 #[test]
 fn the_api_describes_itself() -> Result<()> {
     let cloud = Cloud::start()?;
-    let client = flywheel::client::Client::from_data(Path::new(&cloud.data()))?;
+    let client = flywheel::client::Client::from_data(Path::new(&cloud.data()), None)?;
     let document: serde_json::Value = client.get("/openapi.json")?;
     let paths = document["paths"].as_object().context("no paths")?;
     for path in [

@@ -101,16 +101,21 @@ impl Client {
         }
     }
 
-    /// A client of the server that runs on a data folder of this machine.
+    /// A client of the server that runs on a data folder of this machine, with the folder's token
+    /// unless another is given.
     ///
     /// # Errors
     /// If the folder does not say where its server listens.
-    pub fn from_data(data: &Path) -> Result<Self, ClientError> {
+    pub fn from_data(data: &Path, token: Option<&str>) -> Result<Self, ClientError> {
         let read = |name: &str| {
             let path = data.join(name);
             fs::read_to_string(&path).map_err(|source| ClientError::Discovery { path, source })
         };
-        Ok(Self::new(read(ADDRESS_FILE)?.trim(), &read(TOKEN_FILE)?))
+        let token = match token {
+            Some(token) => token.to_owned(),
+            None => read(TOKEN_FILE)?,
+        };
+        Ok(Self::new(read(ADDRESS_FILE)?.trim(), &token))
     }
 
     /// The same client, which tries again for so long while nobody answers: for callers that

@@ -184,6 +184,11 @@ impl Cloud {
     /// If something can't be opened or a port can't be bound.
     pub async fn serve(config: CloudConfig) -> Result<()> {
         pki::install_crypto();
+        anyhow::ensure!(
+            !config.bind.is_unspecified() || !config.hosts.is_empty(),
+            "--bind {} needs --host NAME: the name or address under which devices reach this machine",
+            config.bind
+        );
         let store = Store::open(&config.data)?;
         let pki = Arc::new(Pki::open(
             &config.data.join("pki"),

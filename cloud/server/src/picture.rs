@@ -30,6 +30,9 @@ impl Picture {
     pub fn decode(codec: Codec, width: u32, height: u32, bytes: &[u8]) -> Result<Self> {
         let raw = |channels: u8| {
             let expected = width as usize * height as usize * channels as usize;
+            if expected == 0 {
+                bail!("the picture has no pixels");
+            }
             if bytes.len() != expected {
                 bail!(
                     "a raw picture of {width}×{height}×{channels} has {expected} bytes, not {}",

@@ -108,6 +108,7 @@ impl IntoResponse for Fault {
             Self::NotFound(_) => StatusCode::NOT_FOUND,
             Self::Invalid(_) => StatusCode::BAD_REQUEST,
             Self::Conflict(_) => StatusCode::CONFLICT,
+            Self::Damaged(_) => StatusCode::UNPROCESSABLE_ENTITY,
             Self::Internal(_) => {
                 tracing::error!(fault = %self, "a request failed");
                 StatusCode::INTERNAL_SERVER_ERROR

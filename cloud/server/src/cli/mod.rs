@@ -70,17 +70,14 @@ impl Connection {
     /// # Errors
     /// If neither a token nor a data folder is given.
     pub fn client(&self) -> Result<Client, ClientError> {
-        match (&self.data, &self.token) {
-            (_, Some(token)) => Ok(Client::new(
-                self.server.as_deref().unwrap_or(DEFAULT_SERVER),
-                token,
-            )),
-            (Some(data), None) => Client::from_data(data),
-            (None, None) => Err(ClientError::Unauthorized {
-                server: self
-                    .server
-                    .clone()
-                    .unwrap_or_else(|| DEFAULT_SERVER.to_owned()),
+        // What is named outright goes before what a data folder says; a folder's token never
+        // goes to another server than the folder's.
+        match (&self.server, &self.token, &self.data) {
+            (Some(server), Some(token), _) => Ok(Client::new(server, token)),
+            (None, token, Some(data)) => Client::from_data(data, token.as_deref()),
+            (None, Some(token), None) => Ok(Client::new(DEFAULT_SERVER, token)),
+            (server, None, _) => Err(ClientError::Unauthorized {
+                server: server.clone().unwrap_or_else(|| DEFAULT_SERVER.to_owned()),
             }),
         }
     }

@@ -9,7 +9,7 @@ use clap::Subcommand;
 use super::format::{self, percent};
 use super::{Connection, print_json, print_line};
 use crate::api::types::{LabelRequest, NextRequest, QueueItem, QueueStats, SkipRequest};
-use crate::client::Client;
+use crate::client::{Client, ClientError};
 
 /// Parts of `flywheel queue`.
 #[derive(Subcommand)]
@@ -201,8 +201,18 @@ fn guess(item: &QueueItem) -> String {
 
 /// The picture, where to open it, and what is known about it.
 fn show(client: &Client, item: &QueueItem) -> Result<()> {
-    let png = client.get_bytes(&item.picture)?;
-    format::show_picture(&png);
+    let png = match client.get_bytes(&item.picture) {
+        Ok(png) => Some(png),
+        // A damaged picture can still be put aside.
+        Err(error @ ClientError::Refused { .. }) => {
+            print_line(format!("item {}: {error}", item.id))?;
+            None
+        }
+        Err(error) => return Err(error.into()),
+    };
+    if let Some(png) = &png {
+        format::show_picture(png);
+    }
     print_line(format!(
         "item {}: {}×{} from {}, frame {}, lane {}; guess: {}; {}",
         item.id,
@@ -214,9 +224,20 @@ fn show(client: &Client, item: &QueueItem) -> Result<()> {
         guess(item),
         item.why
     ))?;
-    // A file can be opened by any viewer without a token.
-    let path = std::env::temp_dir().join(format!("flywheel-item-{}.png", item.id));
-    std::fs::write(&path, &png).with_context(|| format!("cannot write {}", path.display()))?;
+    let Some(png) = png else {
+        return Ok(());
+    };
+    // A file can be opened by any viewer without a token; only its owner may read it.
+    let mut file = tempfile::Builder::new()
+        .prefix(&format!("flywheel-item-{}-", item.id))
+        .suffix(".png")
+        .tempfile()
+        .context("cannot make a temporary file for the picture")?;
+    file.write_all(&png)
+        .context("cannot write the picture to a temporary file")?;
+    let (_, path) = file
+        .keep()
+        .context("cannot keep the picture's temporary file")?;
     print_line(format!(
         "picture: {}   {}{}",
         path.display(),

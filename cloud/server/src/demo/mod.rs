@@ -27,7 +27,7 @@ use crate::api::types::{
 };
 use crate::cli::fleet::{audit_line, tally};
 use crate::cli::{EXIT_NEGATIVE, data::percent_encode, format, model as model_cli};
-use crate::client::{ADDRESS_FILE, Client, TOKEN_FILE};
+use crate::client::{ADDRESS_FILE, Client, ClientError, TOKEN_FILE};
 use crate::keys;
 use labeller::Labeller;
 use processes::{Process, Spec};
@@ -132,7 +132,7 @@ pub fn run(args: DemoArgs) -> Result<ExitCode> {
     if !(args.budget > 0.0 && args.budget <= 100.0) {
         bail!("--budget is in percent of the bytes seen: above 0, at most 100");
     }
-    let temporary;
+    let mut temporary = None;
     let dir = match &args.dir {
         Some(dir) => {
             if dir.exists()
@@ -148,18 +148,33 @@ pub fn run(args: DemoArgs) -> Result<ExitCode> {
             dir.clone()
         }
         None => {
-            temporary = tempfile::Builder::new()
+            let made = tempfile::Builder::new()
                 .prefix("flywheel-demo-")
                 .tempdir()
                 .context("cannot create a temporary folder")?;
-            temporary.path().to_owned()
+            temporary.insert(made).path().to_owned()
         }
     };
     let dir = std::path::absolute(&dir).context("the current folder is gone")?;
     let keep = args.keep;
     let json = args.json.clone();
-    let mut demo = Demo::start(args, &dir)?;
-    let report = demo.turn()?;
+    let turned = Demo::start(args, &dir).and_then(|mut demo| {
+        let report = demo.turn()?;
+        Ok((demo, report))
+    });
+    let (demo, report) = match turned {
+        Ok(turned) => turned,
+        Err(error) => {
+            // The logs that the error speaks of must outlive it.
+            if let Some(temporary) = temporary {
+                let _ = temporary.keep();
+            }
+            return Err(error.context(format!(
+                "the demo's logs are in {}",
+                dir.join("logs").display()
+            )));
+        }
+    };
     println!("{}", report.table());
     println!("{}", audit_line(&report.audit));
     if let Some(path) = &json {
@@ -246,7 +261,7 @@ impl Demo {
         wait_for(&server, "the server to listen", || {
             Ok(cloud_dir.join(ADDRESS_FILE).exists() && cloud_dir.join(TOKEN_FILE).exists())
         })?;
-        let client = Client::from_data(&cloud_dir)?.with_patience(SERVER_AWAY);
+        let client = Client::from_data(&cloud_dir, None)?.with_patience(SERVER_AWAY);
         let _: crate::api::types::Info = client.get("/v1/info")?;
         let mut demo = Self {
             chaos: Chaos::new(args.chaos, args.seed),
@@ -596,14 +611,23 @@ impl Demo {
 
     fn roll_out(&mut self, model: &str) -> Result<String> {
         let bar = bar("rollout", u64::from(self.args.devices))?;
-        let mut rollout: RolloutView = self.client.post(
-            "/v1/rollouts",
-            &RolloutRequest {
-                model: model.to_owned(),
-                group: None,
-                policy: None,
-            },
-        )?;
+        let request = RolloutRequest {
+            model: model.to_owned(),
+            group: None,
+            policy: None,
+        };
+        let mut rollout: RolloutView = match self.client.post("/v1/rollouts", &request) {
+            // The server was killed after it had stored the rollout and before it answered.
+            Err(ClientError::Refused {
+                status: 409,
+                message,
+            }) => {
+                let latest: RolloutView = self.client.get("/v1/rollouts/latest")?;
+                anyhow::ensure!(latest.model == model, message);
+                latest
+            }
+            answer => answer?,
+        };
         let deadline = Instant::now() + PATIENCE;
         while rollout.state == "running" {
             self.disturb();

@@ -92,6 +92,19 @@ impl Catalog {
                 known.split
             )));
         }
+        if let Some(known) = &known
+            && known.class != class
+        {
+            return Err(Fault::Conflict(format!(
+                "the picture {digest} is already imported as `{}`; one of the two classes is wrong",
+                known.class
+            )));
+        }
+        if query.split != Split::Train && self.is_trained_on(&digest)? {
+            return Err(Fault::Conflict(format!(
+                "the picture {digest} is in a dataset that models were trained on; it can't judge them"
+            )));
+        }
         if known.is_none() {
             self.store.blobs().put(&stored)?;
         }
@@ -266,6 +279,20 @@ impl Catalog {
             added_by_class,
             new_classes: diff.new_classes,
         })
+    }
+
+    fn is_trained_on(&self, digest: &Digest) -> Result<bool, Fault> {
+        for id in self.ids()? {
+            let manifest = self.manifest(&id)?;
+            if manifest
+                .items
+                .binary_search_by_key(digest, |item| item.digest)
+                .is_ok()
+            {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     fn ids(&self) -> Result<Vec<Digest>, Fault> {

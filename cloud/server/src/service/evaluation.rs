@@ -19,14 +19,6 @@ struct Answers {
     latency_us: Vec<u32>,
 }
 
-impl Answers {
-    fn median_us(&self) -> u32 {
-        let mut sorted = self.latency_us.clone();
-        sorted.sort_unstable();
-        sorted.get(sorted.len() / 2).copied().unwrap_or(0)
-    }
-}
-
 impl Stations<'_> {
     /// Evaluates a model on the golden set, asks the gate, and stores both with the model.
     ///
@@ -38,7 +30,7 @@ impl Stations<'_> {
         rare: &[String],
         progress: &mut dyn FnMut(u64, u64, String),
     ) -> Result<ModelRecord, Fault> {
-        let mut model = self.registry.find(id)?;
+        let model = self.registry.find(id)?;
         let golden = self.catalog.imports(Split::Golden)?;
         if golden.is_empty() {
             return Err(Fault::Conflict(
@@ -83,14 +75,17 @@ impl Stations<'_> {
         };
         let candidate_outcomes = outcomes(&truths, &candidate_answers);
         let report = report(&truth_classes, &model, rare, &candidate_outcomes)?;
-        let training: BTreeSet<Digest> = self
-            .catalog
-            .find(&model.dataset)?
-            .1
-            .items
-            .iter()
-            .map(|item| item.digest)
-            .collect();
+        // Weights are inherited, and with them what the models before were trained on.
+        let mut training = BTreeSet::new();
+        let mut line = Some(model.clone());
+        while let Some(at) = line {
+            let dataset = self.catalog.find(&at.dataset)?.1;
+            training.extend(dataset.items.iter().map(|item| item.digest));
+            line = match at.parent.as_deref() {
+                Some(parent) => Some(self.registry.find(parent)?),
+                None => None,
+            };
+        }
         let right = |model: &ModelRecord, answers: &Answers, at: usize| {
             evaluate::argmax(&answers.probabilities[at])
                 .and_then(|top| model.classes.get(top))
@@ -117,22 +112,22 @@ impl Stations<'_> {
                 cases: &cases,
                 slices: &[],
                 has_champion: champion.is_some(),
-                latency_us: (
-                    champion_answers.as_ref().map_or(0, Answers::median_us),
-                    candidate_answers.median_us(),
-                ),
+                // Not measured here: on a server that does other things at the same time it
+                // would make the verdict a matter of luck. Devices bound it on trial.
+                latency_us: (0, 0),
                 training: &training,
             },
         )
         .map_err(|error| Fault::Internal(format!("the gate: {error}")))?;
-        model.report = Some(report);
-        model.gate = Some(GateView {
-            passed: verdict.passed,
-            champion: champion.map(|champion| champion.id),
-            reasons: verdict.reasons,
-        });
-        self.registry.save(&model)?;
-        Ok(model)
+        self.registry.judged(
+            &model.id,
+            report,
+            GateView {
+                passed: verdict.passed,
+                champion: champion.map(|champion| champion.id),
+                reasons: verdict.reasons,
+            },
+        )
     }
 
     fn answers(

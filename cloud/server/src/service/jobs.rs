@@ -195,12 +195,21 @@ impl Jobs {
             let started = Instant::now();
             let outcome = {
                 let _turn = lock(&cloud.jobs.turn);
-                run(&cloud, &job.work, &mut |step, steps, message| {
-                    progress.send_replace(At {
-                        step,
-                        steps,
-                        message,
-                    });
+                // An engine that panics must not leave a job that runs for ever; the services
+                // store whole records only, so nothing is left half done.
+                std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                    run(&cloud, &job.work, &mut |step, steps, message| {
+                        progress.send_replace(At {
+                            step,
+                            steps,
+                            message,
+                        });
+                    })
+                }))
+                .unwrap_or_else(|_| {
+                    Err(Fault::Internal(
+                        "the job panicked; see the server's log".to_owned(),
+                    ))
                 })
             };
             job.outcome = match outcome {

@@ -30,6 +30,9 @@ pub enum Fault {
     /// The request makes sense, but not now.
     #[error("{0}")]
     Conflict(String),
+    /// A stored picture is not one.
+    #[error("{0}")]
+    Damaged(String),
     /// The server could not do it.
     #[error("{0}")]
     Internal(String),

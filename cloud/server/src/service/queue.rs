@@ -169,6 +169,7 @@ impl Labelling {
     /// If the worker does not hold it, or the class name breaks the rules.
     pub fn label(&self, request: &LabelRequest) -> Result<QueueItem, Fault> {
         let mut state = lock(&self.state);
+        self.claim_if_free(&mut state, &request.worker, request.item)?;
         self.execute(
             &mut state,
             &Command::Label {
@@ -187,6 +188,7 @@ impl Labelling {
     /// If the worker does not hold it, or gives no reason.
     pub fn skip(&self, request: &SkipRequest) -> Result<QueueItem, Fault> {
         let mut state = lock(&self.state);
+        self.claim_if_free(&mut state, &request.worker, request.item)?;
         self.execute(
             &mut state,
             &Command::Skip {
@@ -279,7 +281,8 @@ impl Labelling {
     /// put aside stays out.
     pub fn labels(&self) -> Vec<QueueLabel> {
         let state = lock(&self.state);
-        let track_of = |sample: &SampleMeta| (sample.device.clone(), sample.track);
+        // A track holds within one start of the agent: afterwards its source may be another.
+        let track_of = |sample: &SampleMeta| (sample.device.clone(), sample.epoch, sample.track);
         // `None` where people disagree within a track.
         let mut tracks: BTreeMap<_, Option<(&str, u64)>> = BTreeMap::new();
         for (id, class, at_ms) in state.queue.labels() {
@@ -307,7 +310,7 @@ impl Labelling {
                 Some(QueueLabel {
                     digest: sample.blob,
                     class: class.to_owned(),
-                    track: format!("{}/{}", sample.device, sample.track),
+                    track: format!("{}/{}/{}", sample.device, sample.epoch, sample.track),
                     at_ms,
                 })
             })
@@ -318,6 +321,25 @@ impl Labelling {
     pub fn sample_of(&self, digest: &Digest) -> Option<SampleMeta> {
         let state = lock(&self.state);
         state.samples.get(state.by_digest.get(digest)?).cloned()
+    }
+
+    /// Leases an item that nobody holds, so that one can be answered by number.
+    fn claim_if_free(&self, state: &mut State, worker: &str, item: ItemId) -> Result<(), Fault> {
+        let waits = state
+            .queue
+            .item(item)
+            .is_some_and(|item| matches!(item.status, Status::Pending { .. }));
+        if waits {
+            self.execute(
+                state,
+                &Command::Claim {
+                    worker: worker.to_owned(),
+                    item,
+                    lease_ms: LEASE_S * 1000,
+                },
+            )?;
+        }
+        Ok(())
     }
 
     fn execute(&self, state: &mut State, command: &Command) -> Result<Vec<Event>, Fault> {
@@ -526,8 +548,16 @@ impl Labelling {
             if let Some((inference, scorer)) = &mut engine
                 && !answered
             {
-                inference.run(&picture)?;
-                let scores = scorer.score(&inference.logits, &inference.embedding)?;
+                let scored_now = inference
+                    .run(&picture)
+                    .and_then(|_| scorer.score(&inference.logits, &inference.embedding));
+                let scores = match scored_now {
+                    Ok(scores) => scores,
+                    Err(fault) => {
+                        tracing::warn!(%digest, %fault, "a picture can't be scored");
+                        continue;
+                    }
+                };
                 scored.answers.insert(
                     digest,
                     Answer {

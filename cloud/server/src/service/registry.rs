@@ -108,7 +108,7 @@ impl ModelRecord {
 pub struct Registry {
     store: Arc<Store>,
     trust: TrustRoot,
-    /// Serialises promotions, which read the greatest release number and write the next.
+    /// Serialises whatever reads a record or the greatest release number and writes the next.
     promoting: std::sync::Mutex<()>,
 }
 
@@ -130,6 +130,19 @@ impl Registry {
         self.store.put(MODELS, model.id.as_bytes(), model)?;
         self.store.flush()?;
         Ok(())
+    }
+
+    /// Notes an evaluation; everything else that is known about the model stays.
+    ///
+    /// # Errors
+    /// If there is no such model or the store fails.
+    pub fn judged(&self, id: &str, report: Report, gate: GateView) -> Result<ModelRecord, Fault> {
+        let _one_at_a_time = super::lock(&self.promoting);
+        let mut model = self.find(id)?;
+        model.report = Some(report);
+        model.gate = Some(gate);
+        self.save(&model)?;
+        Ok(model)
     }
 
     /// All models, oldest first.
@@ -250,12 +263,25 @@ impl Registry {
     pub fn promote(&self, wanted: &str, request: &PromoteRequest) -> Result<ModelRecord, Fault> {
         let _one_at_a_time = super::lock(&self.promoting);
         let mut model = self.find(wanted)?;
+        let forced = request
+            .force
+            .as_deref()
+            .is_some_and(|why| !why.trim().is_empty());
         match &model.gate {
+            _ if forced => {}
+            // A verdict holds against the champion that it was given against. A model that was
+            // released has proved itself once; going back to it needs no new proof.
+            Some(gate)
+                if gate.passed
+                    && model.release.is_none()
+                    && gate.champion != self.champion()?.map(|champion| champion.id) =>
+            {
+                return Err(Fault::Conflict(format!(
+                    "model {} was judged against another champion; run `flywheel eval` again",
+                    model.id
+                )));
+            }
             Some(gate) if gate.passed => {}
-            _ if request
-                .force
-                .as_deref()
-                .is_some_and(|why| !why.trim().is_empty()) => {}
             Some(gate) => {
                 return Err(Fault::Conflict(format!(
                     "the gate refused model {}: {}; to promote it all the same give a reason with --force",

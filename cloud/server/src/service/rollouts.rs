@@ -106,6 +106,18 @@ impl Rollouts {
                 )));
             }
         };
+        if let Some(ahead) = inventory.iter().find(|device| {
+            device.sequence > release.sequence
+                && request
+                    .group
+                    .as_ref()
+                    .is_none_or(|group| *group == device.group)
+        }) {
+            return Err(Fault::Conflict(format!(
+                "{} runs release {}, which is newer than {}; devices never go back to an older release",
+                ahead.id, ahead.sequence, release.sequence
+            )));
+        }
         let mut rollouts = lock(&self.rollouts);
         if let Some(running) = rollouts.values().find(|record| record.ended.is_none()) {
             return Err(Fault::Conflict(format!(

@@ -81,8 +81,17 @@ impl Stations<'_> {
         let mut train = Vec::new();
         let mut validation = Vec::new();
         for item in &dataset.items {
+            let picture = match self.picture(&item.digest) {
+                // Small before the next one is read: photographs at full size fill any memory.
+                Ok(picture) => shrink(picture)?,
+                Err(Fault::Damaged(why)) => {
+                    tracing::warn!(%why, "left out of training");
+                    continue;
+                }
+                Err(fault) => return Err(fault),
+            };
             let labelled = Labelled {
-                picture: self.picture(&item.digest)?,
+                picture,
                 class: item.class,
                 from_device: self.catalog.find_import(&item.digest)?.is_none(),
             };
@@ -177,7 +186,7 @@ impl Stations<'_> {
         let labels = model.labels();
         let mut inference = Inference::from_onnx(&trained.onnx, &model, &labels)?;
         let scores = self.fit_scores(&mut inference, &model, &train, validation)?;
-        let golden = golden_inputs(&mut inference, &train, &model.classes)?;
+        let golden = golden_inputs(&mut inference, &train, &model)?;
         let spec = encode(&model.spec(&labels))?;
         for (kind, bytes) in [
             (PartKind::Onnx, &trained.onnx),
@@ -266,8 +275,19 @@ impl Stations<'_> {
             return Err(Fault::NotFound(format!("there is no picture {digest}")));
         };
         Picture::decode(codec, width, height, &blob(self.store, digest)?)
-            .map_err(|error| Fault::Internal(format!("picture {digest}: {error:#}")))
+            .map_err(|error| Fault::Damaged(format!("picture {digest}: {error:#}")))
     }
+}
+
+/// The picture no larger than twice the largest input that is chosen by itself.
+fn shrink(picture: Picture) -> Result<Picture, Fault> {
+    let largest = picture.width.max(picture.height);
+    let most = 2 * MAX_INPUT;
+    if largest <= most {
+        return Ok(picture);
+    }
+    let side = |side: u32| (side * most / largest).max(1);
+    Ok(picture.resized(side(picture.width), side(picture.height), picture.channels)?)
 }
 
 /// What a model said about a set, row by row.
@@ -342,21 +362,21 @@ fn encode<T: serde::Serialize>(value: &T) -> Result<Vec<u8>, Fault> {
 fn golden_inputs(
     inference: &mut Inference,
     train: &[Labelled],
-    classes: &[String],
+    model: &ModelRecord,
 ) -> Result<Vec<u8>, Fault> {
-    let first = train.first().ok_or_else(|| {
-        Fault::Invalid("the dataset has nothing to train on; label something first".to_owned())
-    })?;
-    let (width, height, channels) = (
-        first.picture.width,
-        first.picture.height,
-        first.picture.channels,
-    );
+    let InputSpec {
+        width,
+        height,
+        channels,
+        ..
+    } = model.input;
     let (mut frames, mut logits) = (Vec::new(), Vec::new());
-    let wanted = (0..classes.len() as u32).take(GOLDEN_INPUTS);
+    let wanted = (0..model.classes.len() as u32).take(GOLDEN_INPUTS);
     for labelled in wanted.filter_map(|class| train.iter().find(|labelled| labelled.class == class))
     {
-        let picture = labelled.picture.resized(width, height, channels)?;
+        let picture = labelled
+            .picture
+            .resized(u32::from(width), u32::from(height), channels)?;
         inference.run(&picture)?;
         frames.extend_from_slice(&picture.pixels);
         logits.extend(
@@ -366,12 +386,9 @@ fn golden_inputs(
                 .flat_map(|logit| logit.to_le_bytes()),
         );
     }
-    let side = |side: u32| {
-        u16::try_from(side).map_err(|_| Fault::Invalid(format!("a picture side of {side} pixels")))
-    };
     encode(&Golden {
-        width: side(width)?,
-        height: side(height)?,
+        width,
+        height,
         channels,
         frames: &frames,
         logits: &logits,
