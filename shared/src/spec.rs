@@ -3,8 +3,8 @@
 
 use serde::{Deserialize, Serialize};
 
-/// The input tensor: one image, f32, NCHW with N = 1, bilinearly resized to `width` × `height`,
-/// each value `(pixel / 255 − mean[c]) / std[c]`.
+/// The input tensor: one image, f32, NCHW with N = 1, resized to `width` × `height` by the triangle
+/// filter (bilinear when enlarging, antialiased when shrinking), each value `(pixel / 255 − mean[c]) / std[c]`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct InputSpec {
     /// Columns in pixels.

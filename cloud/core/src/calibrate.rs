@@ -17,7 +17,8 @@ pub const TEMPERATURE: std::ops::RangeInclusive<f64> = 0.05..=20.0;
 /// Least shrinkage unless one is asked for. Ledoit and Wolf's is the best estimate of the
 /// covariance, which is not what is wanted: directions in which the training items hardly vary
 /// say little about the unknown, and shrinking tames them. On `sim:roads` (nets of 59 to 74 %
-/// accuracy) 0.9 tells the class that was never seen apart best, at no loss for rare classes.
+/// accuracy) 0.9 tells the class that was never seen apart best; rare classes, which the rarity
+/// score looks after, stand out a little less (AUROC 0.84 to 0.78 at worst).
 pub const SHRINKAGE: f64 = 0.9;
 /// Training items below which a class mean is drawn towards the centre.
 const FEW: f64 = 3.0;

@@ -4,6 +4,7 @@
 //! people do by hand. Devices take frames in lockstep (so many a round, as fast as they can), so
 //! that one seed gives one outcome whatever the speed of the machine.
 
+mod chaos;
 mod labeller;
 mod processes;
 mod report;
@@ -29,6 +30,7 @@ use crate::cli::fleet::{audit_line, tally};
 use crate::cli::{EXIT_NEGATIVE, data::percent_encode, format, model as model_cli};
 use crate::client::{ADDRESS_FILE, Client, ClientError, TOKEN_FILE};
 use crate::keys;
+use chaos::Chaos;
 use labeller::Labeller;
 use processes::{Process, Spec};
 use report::{Found, Report, Round};
@@ -664,53 +666,6 @@ impl Demo {
 
     fn spent(&mut self, station: &str, since: Instant) {
         *self.seconds.entry(station.to_owned()).or_insert(0.0) += since.elapsed().as_secs_f64();
-    }
-}
-
-/// Kills processes at random moments.
-struct Chaos {
-    left: u32,
-    next: Option<Instant>,
-    rng: rand_chacha::ChaCha8Rng,
-    killed: Option<Instant>,
-}
-
-impl Chaos {
-    fn new(kills: u32, seed: u64) -> Self {
-        use rand::SeedableRng;
-        Self {
-            left: kills,
-            next: None,
-            rng: rand_chacha::ChaCha8Rng::seed_from_u64(seed),
-            killed: None,
-        }
-    }
-
-    /// For a moment after a kill, what the server knows of the dead device is from before it.
-    fn is_waiting_for_restart(&self) -> bool {
-        self.killed
-            .is_some_and(|killed| killed.elapsed() < Duration::from_secs(3))
-    }
-
-    fn disturb(&mut self, server: &Process, devices: &[Process]) {
-        use rand::RngExt;
-        if self.left == 0 {
-            return;
-        }
-        let now = Instant::now();
-        let next = *self
-            .next
-            .get_or_insert_with(|| now + Duration::from_millis(500));
-        if now < next {
-            return;
-        }
-        let victim = self.rng.random_range(0..=devices.len());
-        let victim = devices.get(victim).unwrap_or(server);
-        eprintln!("chaos: killing {}", victim.name());
-        victim.kill();
-        self.left -= 1;
-        self.killed = Some(now);
-        self.next = Some(now + Duration::from_millis(self.rng.random_range(1000..6000)));
     }
 }
 

@@ -20,7 +20,7 @@ pub struct Round {
     pub bytes_seen: u64,
     /// Bytes of all uplink messages that arrived.
     pub bytes_up: u64,
-    /// Balanced accuracy is `balanced_accuracy`; this is the share of the golden set.
+    /// Share of the golden set whose class was right.
     pub accuracy: f64,
     /// Mean recall over classes of the golden set.
     pub balanced_accuracy: f64,
