@@ -196,6 +196,19 @@ fn every_station_works_by_hand() -> Result<()> {
     let stats = cloud.json(&["queue", "stats"])?;
     assert_eq!(stats["labelled"], 1);
     assert_eq!(stats["skipped"], 1);
+    // Pseudo-labels are taken in or not, as asked; what was put aside stays out of both.
+    let strict = cloud.json(&["dataset", "freeze", "--pseudo-above", "1"])?;
+    assert_eq!(strict["pseudo"], 0);
+    let wrong = cloud.fail(1, &["dataset", "freeze", "--pseudo-above", "1.5"])?;
+    assert!(wrong.contains("pseudo_above"), "{wrong}");
+    let lax = cloud.json(&["dataset", "freeze", "--pseudo-above", "0"])?;
+    let pending = cloud.json(&["queue", "stats"])?["pending"].as_u64();
+    assert!(lax["pseudo"].as_u64() > Some(0), "{lax}");
+    assert!(
+        lax["pseudo"].as_u64() <= pending,
+        "{lax}, {pending:?} pending"
+    );
+    assert!(lax["train"].as_u64() >= strict["train"].as_u64(), "{lax}");
     let next = cloud.json(&["dataset", "freeze"])?;
     let next = next["id"].as_str().context("no dataset id")?.to_owned();
     let diff = cloud.json(&["dataset", "diff", &dataset, &next])?;

@@ -20,6 +20,9 @@ pub enum Split {
     Train,
     /// Watched during training.
     Validation,
+    /// Learnt from, though nobody has labelled it: the class is what the champion is sure of (a
+    /// pseudo-label, Lee 2013).
+    Pseudo,
 }
 
 impl Split {
@@ -27,6 +30,7 @@ impl Split {
         match self {
             Self::Train => "train",
             Self::Validation => "val",
+            Self::Pseudo => "pseudo",
         }
     }
 }
@@ -113,6 +117,9 @@ pub enum FreezeError {
 pub struct Freeze<'a> {
     /// The labels, in any order; a digest may come several times.
     pub labels: &'a [Label<'a>],
+    /// Classes that the champion is sure of, for samples that nobody labelled; ignored where a
+    /// label stands or where the class is none of the labels' or of the version before.
+    pub pseudo: &'a [Label<'a>],
     /// Classes of the version before, in its order, kept even when nothing carries them now.
     pub classes: &'a [String],
     /// The version before.
@@ -158,9 +165,20 @@ pub fn freeze(from: &Freeze<'_>) -> Result<Frozen, FreezeError> {
     let classes = class_order(from.classes, latest.values());
     let index: BTreeMap<&str, u32> = classes.iter().map(String::as_str).zip(0..).collect();
     let validation = validation_tracks(from.seed, latest.values());
-    let items = latest
-        .values()
-        .map(|label| Item {
+    let mut items: BTreeMap<Digest, Item> = from
+        .pseudo
+        .iter()
+        .filter_map(|label| {
+            let item = Item {
+                digest: label.digest,
+                class: *index.get(label.class)?,
+                split: Split::Pseudo,
+            };
+            Some((label.digest, item))
+        })
+        .collect();
+    items.extend(latest.values().map(|label| {
+        let item = Item {
             digest: label.digest,
             class: index[label.class],
             split: if validation.contains(&track_of(label)) {
@@ -168,8 +186,9 @@ pub fn freeze(from: &Freeze<'_>) -> Result<Frozen, FreezeError> {
             } else {
                 Split::Train
             },
-        })
-        .collect();
+        };
+        (label.digest, item)
+    }));
     let conflicts = given
         .into_iter()
         .filter(|(_, classes)| classes.len() > 1)
@@ -183,7 +202,7 @@ pub fn freeze(from: &Freeze<'_>) -> Result<Frozen, FreezeError> {
         source: from.source.to_owned(),
         seed: from.seed,
         classes,
-        items,
+        items: items.into_values().collect(),
     };
     Ok(Frozen {
         manifest,
@@ -345,7 +364,7 @@ impl Manifest {
         let [hex, class, split] = parts[..] else {
             return Err(fault(
                 number,
-                "expected `item DIGEST CLASS train|val`".into(),
+                "expected `item DIGEST CLASS train|val|pseudo`".into(),
             ));
         };
         let digest = digest(hex, number)?;
@@ -358,6 +377,7 @@ impl Manifest {
         let split = match split {
             "train" => Split::Train,
             "val" => Split::Validation,
+            "pseudo" => Split::Pseudo,
             other => return Err(fault(number, format!("unknown split `{other}`"))),
         };
         if self.items.last().is_some_and(|last| last.digest >= digest) {
@@ -370,7 +390,7 @@ impl Manifest {
         })
     }
 
-    /// How many items each class has, in class order: `(train, validation)`.
+    /// How many labelled items each class has, in class order: `(train, validation)`.
     #[must_use]
     pub fn counts(&self) -> Vec<(u32, u32)> {
         let mut counts = vec![(0, 0); self.classes.len()];
@@ -382,10 +402,18 @@ impl Manifest {
                 match item.split {
                     Split::Train => count.0 += 1,
                     Split::Validation => count.1 += 1,
+                    Split::Pseudo => {}
                 }
             }
         }
         counts
+    }
+
+    /// How many items have a pseudo-label.
+    #[must_use]
+    pub fn pseudo(&self) -> usize {
+        let pseudo = |item: &&Item| item.split == Split::Pseudo;
+        self.items.iter().filter(pseudo).count()
     }
 
     fn class_of(&self, item: &Item) -> &str {
@@ -424,7 +452,7 @@ pub struct Diff {
     pub removed: Vec<(Digest, String)>,
     /// Samples with another class: digest, before, after.
     pub relabelled: Vec<(Digest, String, String)>,
-    /// Samples that changed between training and validation: digest, after.
+    /// Samples that changed between training, validation and pseudo-labels: digest, after.
     pub moved: Vec<(Digest, Split)>,
     /// Classes that only the newer version has, in its order.
     pub new_classes: Vec<String>,

@@ -77,7 +77,7 @@ impl TrainConfig {
             label_smoothing: 0.05,
             clip: 2.0,
             ema: 0.98,
-            balance: 1.0,
+            balance: 1.25,
             augment: Augment::default(),
         }
     }

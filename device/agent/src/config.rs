@@ -77,10 +77,10 @@ pub struct Shares {
 impl Default for Shares {
     fn default() -> Self {
         Self {
-            novel: 0.25,
-            unsure: 0.30,
+            novel: 0.20,
+            unsure: 0.22,
             disagree: 0.05,
-            campaign: 0.28,
+            campaign: 0.41,
             uniform: 0.12,
         }
     }

@@ -71,8 +71,8 @@ impl core::error::Error for ScoreError {}
 ///   both of the embedding at unit length ([`normalise`]); for a model without embedding it is
 ///   `energy`.
 /// - `u_unsure`, `u_novel`: [`conformal`] of −margin and of novelty.
-/// - `rarity` = Σ pₖ·max(0, 1 − nₖ/(¾n̄)), nₖ the training items of class k and n̄ their mean over
-///   the classes that have any: the expected need for a label, linear from none to ¾ of it.
+/// - `rarity` = Σ pₖ·max(0, 1 − nₖ/n̄), nₖ the training items of class k and n̄ their mean over the
+///   classes that have any: the expected need for a label.
 ///
 /// Finite inputs give finite scores: distances that overflow saturate at `f32::MAX`, which is
 /// most novel.
@@ -163,7 +163,7 @@ fn rarity(logits: &[f32], t: f32, max: f32, sum: f32, counts: &[f32]) -> f32 {
     if classes == 0.0 {
         return 0.0;
     }
-    let enough = 0.75 * items / classes;
+    let enough = items / classes;
     let mut mass = 0.0f32;
     for (&logit, &count) in logits.iter().zip(counts) {
         if count > 0.0 && count < enough {

@@ -19,6 +19,7 @@ fn label<'a>(n: u32, class: &'a str, track: &'a str, at_ms: u64) -> Label<'a> {
 fn from<'a>(labels: &'a [Label<'a>], classes: &'a [String]) -> Freeze<'a> {
     Freeze {
         labels,
+        pseudo: &[],
         classes,
         parent: None,
         source: "queue",
@@ -173,4 +174,27 @@ proptest! {
             prop_assert_eq!(*by_track.entry(label.track).or_insert(split), split);
         }
     }
+}
+
+#[test]
+fn pseudo_labels_stand_only_where_people_said_nothing() {
+    let labels = [label(1, "stop", "", 5), label(2, "yield", "", 5)];
+    let pseudo = [
+        label(1, "yield", "", 0),
+        label(3, "stop", "", 0),
+        label(4, "unheard-of", "", 0),
+    ];
+    let frozen = freeze(&Freeze {
+        pseudo: &pseudo,
+        ..from(&labels, &[])
+    });
+    let manifest = frozen.unwrap().manifest;
+    assert_eq!(manifest.classes, ["stop", "yield"]);
+    let of = |n| manifest.items.iter().find(|x| x.digest == sample(n));
+    assert_eq!(of(1).map(|x| (x.class, x.split)), Some((0, Split::Train)));
+    assert_eq!(of(3).map(|x| (x.class, x.split)), Some((0, Split::Pseudo)));
+    assert_eq!(of(4), None);
+    assert_eq!(manifest.pseudo(), 1);
+    assert_eq!(manifest.counts(), [(1, 0), (1, 0)]);
+    assert_eq!(Manifest::parse(&manifest.to_text()), Ok(manifest));
 }

@@ -30,7 +30,7 @@ const RARE: usize = 2;
 /// Weight of the novelty evidence against `1 − margin`.
 const NOVELTY_WEIGHT: f32 = 0.2;
 /// Weight of the probability of rare classes against `1 − margin`.
-const RARE_WEIGHT: f32 = 2.5;
+const RARE_WEIGHT: f32 = 12.0;
 /// Bounds of the rarity factor.
 const RARITY: (f32, f32) = (0.5, 4.0);
 /// What a campaign asked for counts this much more.

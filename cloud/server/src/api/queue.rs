@@ -23,6 +23,9 @@ use crate::service::Fault;
 
 type Shared = State<Arc<Cloud>>;
 
+/// Probability from which the champion's class stands in for a label, unless a request says.
+const PSEUDO_ABOVE: f32 = 0.9;
+
 pub fn routes() -> OpenApiRouter<Arc<Cloud>> {
     OpenApiRouter::new()
         .routes(routes!(list))
@@ -146,9 +149,14 @@ async fn freeze(
     Json(request): Json<FreezeRequest>,
 ) -> Result<Json<DatasetView>, Fault> {
     blocking(move || {
+        let above = request.pseudo_above.unwrap_or(PSEUDO_ABOVE);
+        let pseudo = cloud
+            .labelling
+            .pseudo_labels(&cloud.registry, &cloud.catalog, above)?;
+        let labels = cloud.labelling.labels();
         cloud
             .catalog
-            .freeze(&cloud.labelling.labels(), request.seed.unwrap_or(0))
+            .freeze(&labels, &pseudo, request.seed.unwrap_or(0))
     })
     .await
 }

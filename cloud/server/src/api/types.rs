@@ -253,6 +253,9 @@ pub struct QueueStats {
 pub struct FreezeRequest {
     /// Seed of the split; 0 if absent.
     pub seed: Option<u64>,
+    /// Take in unlabelled pictures whose class the champion gives at least this (calibrated)
+    /// probability, and whose like it was trained on; 0.9 if absent, none at 1.
+    pub pseudo_above: Option<f32>,
 }
 
 /// An immutable dataset version.
@@ -266,9 +269,11 @@ pub struct DatasetView {
     pub train: u64,
     /// Items held back for validation.
     pub validation: u64,
+    /// Unlabelled items to train on with the class that the champion was sure of.
+    pub pseudo: u64,
     /// Class names in the order of the logits.
     pub classes: Vec<String>,
-    /// Items by class.
+    /// Labelled items by class.
     pub by_class: BTreeMap<String, u64>,
     /// The version before.
     pub parent: Option<String>,

@@ -21,6 +21,10 @@ pub enum DatasetCommand {
         /// Seed of the split into training and validation.
         #[arg(long, default_value_t = 0)]
         seed: u64,
+        /// Take in unlabelled pictures whose class the champion gives at least this probability;
+        /// 1 takes none.
+        #[arg(long, value_name = "PROBABILITY", default_value_t = 0.9)]
+        pseudo_above: f32,
     },
     /// List versions.
     #[command(after_help = "Example: flywheel dataset ls")]
@@ -78,9 +82,12 @@ impl SplitArg {
 pub fn run(command: DatasetCommand, connection: &Connection) -> Result<ExitCode> {
     let client = connection.client()?;
     match command {
-        DatasetCommand::Freeze { seed } => {
-            let dataset: DatasetView =
-                client.post("/v1/datasets", &FreezeRequest { seed: Some(seed) })?;
+        DatasetCommand::Freeze { seed, pseudo_above } => {
+            let request = FreezeRequest {
+                seed: Some(seed),
+                pseudo_above: Some(pseudo_above),
+            };
+            let dataset: DatasetView = client.post("/v1/datasets", &request)?;
             show(connection, &dataset)?;
         }
         DatasetCommand::Ls => {
@@ -88,12 +95,20 @@ pub fn run(command: DatasetCommand, connection: &Connection) -> Result<ExitCode>
             if connection.json {
                 return print_json(&datasets).map(|()| ExitCode::SUCCESS);
             }
-            let mut table = format::table(&["dataset", "train", "validation", "classes", "parent"]);
+            let mut table = format::table(&[
+                "dataset",
+                "train",
+                "validation",
+                "pseudo",
+                "classes",
+                "parent",
+            ]);
             for dataset in &datasets {
                 table.add_row([
                     short(&dataset.id).to_owned(),
                     dataset.train.to_string(),
                     dataset.validation.to_string(),
+                    dataset.pseudo.to_string(),
                     dataset.classes.len().to_string(),
                     dataset
                         .parent
@@ -147,12 +162,13 @@ fn show(connection: &Connection, dataset: &DatasetView) -> Result<()> {
         return print_json(dataset);
     }
     print_line(format!(
-        "dataset {}: {} to train on, {} to validate",
+        "dataset {}: {} to train on, {} to validate, {} with pseudo-labels",
         short(&dataset.id),
         dataset.train,
-        dataset.validation
+        dataset.validation,
+        dataset.pseudo
     ))?;
-    let mut table = format::table(&["class", "items"]);
+    let mut table = format::table(&["class", "labelled"]);
     for class in &dataset.classes {
         let count = dataset.by_class.get(class).copied().unwrap_or(0);
         table.add_row([class.clone(), count.to_string()]);

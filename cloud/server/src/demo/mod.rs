@@ -82,7 +82,7 @@ pub struct DemoArgs {
     #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     labels: u32,
     /// Frames of each device in each round.
-    #[arg(long, default_value_t = 5000, value_parser = clap::value_parser!(u64).range(200..))]
+    #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u64).range(200..))]
     frames: u64,
     /// Share of the bytes seen that devices may upload, in percent.
     #[arg(long, default_value_t = 4.5)]
@@ -512,6 +512,7 @@ impl Demo {
             "/v1/datasets",
             &FreezeRequest {
                 seed: Some(self.args.seed),
+                pseudo_above: None,
             },
         )?;
         let job: JobView = self.client.post(

@@ -49,6 +49,17 @@ pub struct QueueLabel {
     pub at_ms: u64,
 }
 
+impl QueueLabel {
+    fn as_label(&self) -> Label<'_> {
+        Label {
+            digest: self.digest,
+            class: &self.class,
+            track: &self.track,
+            at_ms: self.at_ms,
+        }
+    }
+}
+
 #[derive(Serialize, Deserialize)]
 struct DatasetRecord {
     created_ms: u64,
@@ -151,12 +162,18 @@ impl Catalog {
         Ok(self.store.get(IMPORTS, &digest.0)?)
     }
 
-    /// Freezes all training imports and queue labels into a version; the same labels give the
-    /// same version. Pictures of the golden and calibration sets stay out whatever their labels.
+    /// Freezes all training imports and queue labels into a version, with `pseudo` labels where
+    /// nobody gave one; the same labels give the same version. Pictures of the golden and
+    /// calibration sets stay out whatever their labels.
     ///
     /// # Errors
     /// If nothing is labelled or the store fails.
-    pub fn freeze(&self, queue: &[QueueLabel], seed: u64) -> Result<DatasetView, Fault> {
+    pub fn freeze(
+        &self,
+        queue: &[QueueLabel],
+        pseudo: &[QueueLabel],
+        seed: u64,
+    ) -> Result<DatasetView, Fault> {
         let mut held_out = BTreeSet::new();
         for split in [Split::Golden, Split::Calibration] {
             held_out.extend(self.imports(split)?.into_iter().map(|import| import.digest));
@@ -168,15 +185,15 @@ impl Catalog {
             track: &import.track,
             at_ms: 0,
         });
-        let from_queue = queue.iter().map(|label| Label {
-            digest: label.digest,
-            class: &label.class,
-            track: &label.track,
-            at_ms: label.at_ms,
-        });
+        let apart = |label: &Label<'_>| !held_out.contains(&label.digest);
         let labels: Vec<Label<'_>> = from_imports
-            .chain(from_queue)
-            .filter(|label| !held_out.contains(&label.digest))
+            .chain(queue.iter().map(QueueLabel::as_label))
+            .filter(apart)
+            .collect();
+        let pseudo: Vec<Label<'_>> = pseudo
+            .iter()
+            .map(QueueLabel::as_label)
+            .filter(apart)
             .collect();
         let parent = self.latest()?;
         let (parent_id, classes) = match &parent {
@@ -186,6 +203,7 @@ impl Catalog {
         let freeze = |parent| {
             dataset::freeze(&Freeze {
                 labels: &labels,
+                pseudo: &pseudo,
                 classes: &classes,
                 parent,
                 source: "queue and imports",
@@ -251,6 +269,7 @@ impl Catalog {
             created_ms: record.map_or(0, |record| record.created_ms),
             train: counts.iter().map(|count| u64::from(count.0)).sum(),
             validation: counts.iter().map(|count| u64::from(count.1)).sum(),
+            pseudo: manifest.pseudo() as u64,
             classes: manifest.classes.clone(),
             by_class: manifest
                 .classes

@@ -4,12 +4,14 @@
 //! An item is a distinct picture. Its number is the cursor of the first sample that carried it,
 //! so that the queue needs no numbering of its own and numbers never change.
 
+mod pseudo;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 
 use cloud_core::priority::{self, Candidate, Labelled, Options, Pool, Prediction, Strategy, Track};
 use cloud_core::queue::{Command, Event, ItemId, Queue, QueueError, Status};
-use flywheel_shared::ids::Digest;
+use flywheel_shared::ids::{DeviceId, Digest};
 
 use super::catalog::{Catalog, QueueLabel};
 use super::inference::{Inference, Scorer};
@@ -281,8 +283,6 @@ impl Labelling {
     /// put aside stays out.
     pub fn labels(&self) -> Vec<QueueLabel> {
         let state = lock(&self.state);
-        // A track holds within one start of the agent: afterwards its source may be another.
-        let track_of = |sample: &SampleMeta| (sample.device.clone(), sample.epoch, sample.track);
         // `None` where people disagree within a track.
         let mut tracks: BTreeMap<_, Option<(&str, u64)>> = BTreeMap::new();
         for (id, class, at_ms) in state.queue.labels() {
@@ -310,7 +310,7 @@ impl Labelling {
                 Some(QueueLabel {
                     digest: sample.blob,
                     class: class.to_owned(),
-                    track: format!("{}/{}/{}", sample.device, sample.epoch, sample.track),
+                    track: track_name(sample),
                     at_ms,
                 })
             })
@@ -596,6 +596,15 @@ impl Labelling {
             &blob(&self.store, digest)?,
         )?)
     }
+}
+
+/// A track holds within one start of the agent: afterwards its source may be another.
+fn track_of(sample: &SampleMeta) -> (DeviceId, u32, u64) {
+    (sample.device.clone(), sample.epoch, sample.track)
+}
+
+fn track_name(sample: &SampleMeta) -> String {
+    format!("{}/{}/{}", sample.device, sample.epoch, sample.track)
 }
 
 impl State {

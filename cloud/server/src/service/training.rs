@@ -24,6 +24,8 @@ use crate::store::Store;
 /// How often a picture from a device is drawn in training, relative to an imported one: it shows
 /// the world that the model works in, and was chosen for what it teaches.
 const DEVICE_WEIGHT: f32 = 3.0;
+/// The same for a picture that nobody labelled: less than a label is worth.
+const PSEUDO_WEIGHT: f32 = 1.5;
 /// Values of the embedding.
 const EMBEDDING: usize = 64;
 /// Largest side of a model's input that is chosen by itself.
@@ -80,6 +82,7 @@ impl Stations<'_> {
         progress(0, 1, "reading pictures".to_owned());
         let mut train = Vec::new();
         let mut validation = Vec::new();
+        let mut pseudo = Vec::new();
         for item in &dataset.items {
             let picture = match self.picture(&item.digest) {
                 // Small before the next one is read: photographs at full size fill any memory.
@@ -98,6 +101,7 @@ impl Stations<'_> {
             match item.split {
                 Share::Train => train.push(labelled),
                 Share::Validation => validation.push(labelled),
+                Share::Pseudo => pseudo.push(labelled),
             }
         }
         let champion = if run.scratch {
@@ -123,9 +127,13 @@ impl Stations<'_> {
             || steps_for(train.len(), champion.is_some()),
             |steps| steps as usize,
         );
-        let examples = train
-            .iter()
-            .map(|labelled| {
+        let labelled = train.iter().map(|labelled| match labelled.from_device {
+            true => (labelled, DEVICE_WEIGHT),
+            false => (labelled, 1.0),
+        });
+        let examples = labelled
+            .chain(pseudo.iter().map(|labelled| (labelled, PSEUDO_WEIGHT)))
+            .map(|(labelled, weight)| {
                 let small = labelled.picture.resized(
                     u32::from(input.width),
                     u32::from(input.height),
@@ -134,11 +142,7 @@ impl Stations<'_> {
                 Ok(Example {
                     pixels: Arc::from(small.pixels),
                     label: labelled.class,
-                    weight: if labelled.from_device {
-                        DEVICE_WEIGHT
-                    } else {
-                        1.0
-                    },
+                    weight,
                 })
             })
             .collect::<Result<Vec<_>, Fault>>()?;
@@ -350,7 +354,7 @@ fn fresh_net(train: &[Labelled], classes: usize) -> Result<(NetConfig, InputSpec
 /// Steps of a run that was not told: passes over the data, within bounds that keep a round short.
 fn steps_for(examples: usize, fine_tune: bool) -> usize {
     let passes = if fine_tune { 55 } else { 25 };
-    (examples * passes / 64).clamp(300, 2200)
+    (examples * passes / 64).clamp(300, 2800)
 }
 
 fn encode<T: serde::Serialize>(value: &T) -> Result<Vec<u8>, Fault> {
@@ -403,7 +407,7 @@ mod tests {
     #[test]
     fn steps_grow_with_the_data_within_bounds() {
         assert_eq!(steps_for(10, true), 300);
-        assert_eq!(steps_for(100_000, false), 2200);
+        assert_eq!(steps_for(100_000, false), 2800);
         assert!(steps_for(1_500, true) > steps_for(500, true));
     }
 
