@@ -15,4 +15,4 @@ pub use engine::{EngineError, EngineKind, ModelBytes, Output, Plan, UnknownEngin
 pub use frame::Frame;
 pub use preprocess::{InputError, preprocess};
 
-pub use flywheel_shared::spec::{InputSpec, ModelSpec};
+pub use flywheel_shared::spec::{ClassOutput, InputSpec, ModelSpec, Task};
