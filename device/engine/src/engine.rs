@@ -238,7 +238,7 @@ pub(crate) fn probabilities_to_logits(values: &mut [f32]) {
     }
 }
 
-fn panic_text(panic: &(dyn Any + Send)) -> &str {
+pub(crate) fn panic_text(panic: &(dyn Any + Send)) -> &str {
     panic
         .downcast_ref::<&str>()
         .copied()

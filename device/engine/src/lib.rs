@@ -8,6 +8,9 @@
 mod burn_plan;
 pub mod engine;
 pub mod frame;
+pub mod import;
+pub mod inspect;
+pub mod package;
 pub mod preprocess;
 mod tract_plan;
 

@@ -3,7 +3,7 @@
 //! Training, evaluation and the device all call [`preprocess`], so that what a model sees cannot
 //! drift between the three.
 
-use flywheel_shared::spec::{Colour, InputSpec, Layout};
+use flywheel_shared::spec::{Colour, InputSpec, Layout, Scale};
 use thiserror::Error;
 
 use crate::Frame;
@@ -92,6 +92,37 @@ pub fn preprocess(frame: &Frame<'_>, spec: &InputSpec, out: &mut [f32]) -> Resul
                 out[at] = (pixel[from] / divisor - spec.mean[c]) / spec.std[c];
             }
         }
+    }
+    Ok(())
+}
+
+/// Writes `frame` at another size and number of channels to `out` (u8, HWC), by the filter of
+/// [`preprocess`].
+///
+/// # Errors
+/// As [`preprocess`].
+pub fn resize(
+    frame: &Frame<'_>,
+    width: u16,
+    height: u16,
+    channels: u8,
+    out: &mut [u8],
+) -> Result<(), InputError> {
+    let spec = InputSpec {
+        layout: Layout::Nhwc,
+        scale: Scale::Byte,
+        ..InputSpec::new(width, height, channels)
+    };
+    if out.len() != spec.len() {
+        return Err(InputError::OutLen {
+            found: out.len(),
+            want: spec.len(),
+        });
+    }
+    let mut values = vec![0.0; spec.len()];
+    preprocess(frame, &spec, &mut values)?;
+    for (place, value) in out.iter_mut().zip(values) {
+        *place = value.round() as u8;
     }
     Ok(())
 }
@@ -200,7 +231,6 @@ fn read(frame: &Frame<'_>, x: usize, y: usize) -> [f32; 3] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use flywheel_shared::spec::Scale;
 
     fn spec(width: u16, height: u16, channels: u8) -> InputSpec {
         InputSpec::new(width, height, channels)

@@ -41,6 +41,11 @@ impl TractPlan {
         let plan = optimised(model, input_type, &shape)
             .and_then(IntoRunnable::into_runnable)
             .map_err(|error| format!("the ONNX graph does not fit its spec: {error:#}"))?;
+        let input_type = plan
+            .model()
+            .input_fact(0)
+            .map_err(|error| format!("{error:#}"))?
+            .datum_type;
         for (index, (what, want)) in wanted.0.iter().enumerate() {
             let fact = plan
                 .model()
@@ -146,8 +151,8 @@ fn input_type(model: &InferenceModel, shape: &[usize; 4]) -> Result<DatumType, S
 }
 
 /// The graph for one input shape. Half precision is computed in f32: processors without half
-/// arithmetic emulate it slowly, and the result is nearer to the exact one. Inputs and outputs
-/// keep their type.
+/// arithmetic emulate it slowly, and the result is nearer to the exact one. The input then is f32
+/// too; outputs keep their type.
 fn optimised(model: InferenceModel, kind: DatumType, shape: &[usize]) -> TractResult<TypedModel> {
     let mut typed = model
         .with_input_fact(0, InferenceFact::dt_shape(kind, shape))?
