@@ -9,6 +9,7 @@ use tract_onnx::pb::{self, tensor_shape_proto::dimension, type_proto};
 use tract_onnx::prelude::*;
 
 use crate::engine::panic_text;
+use crate::tract_plan::in_single_precision;
 
 /// A declared input or output.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -269,7 +270,6 @@ pub struct Probe {
     /// Types and shapes of the outputs.
     pub facts: Vec<Fact>,
     model: TypedModel,
-    kind: DatumType,
     shape: Vec<usize>,
 }
 
@@ -320,7 +320,6 @@ impl Probe {
         Ok(Self {
             facts,
             model,
-            kind,
             shape: shape.to_vec(),
         })
     }
@@ -331,16 +330,13 @@ impl Probe {
     /// What tract says.
     pub fn run(&self, inputs: &[Vec<f32>]) -> Result<Vec<Vec<Vec<f32>>>, String> {
         let answer = || -> TractResult<Vec<Vec<Vec<f32>>>> {
-            let mut state = self
-                .model
-                .clone()
-                .into_optimized()?
-                .into_runnable()?
-                .spawn()?;
+            let model = in_single_precision(self.model.clone())?.into_optimized()?;
+            let kind = model.input_fact(0)?.datum_type;
+            let mut state = model.into_runnable()?.spawn()?;
             let mut all = Vec::new();
             for input in inputs {
                 let tensor = Tensor::from_shape(&self.shape, input)?;
-                let tensor = tensor.cast_to_dt(self.kind)?.into_owned();
+                let tensor = tensor.cast_to_dt(kind)?.into_owned();
                 let answers = state.run(tvec!(tensor.into_tvalue()))?;
                 let floats = answers.iter().map(|answer| {
                     let answer = answer.cast_to::<f32>()?;

@@ -10,7 +10,8 @@ use std::fs;
 use std::path::{Component, Path, PathBuf};
 
 use flywheel_shared::ids::Digest;
-use flywheel_shared::spec::{InputSpec, ModelSpec, Task};
+use flywheel_shared::spec::{Golden, InputSpec, ModelSpec, Task};
+use flywheel_shared::trust::PartKind;
 use image::{DynamicImage, ExtendedColorType, ImageEncoder, ImageFormat};
 use thiserror::Error;
 
@@ -150,6 +151,47 @@ impl Package {
             record: &self.record,
             spec,
         }
+    }
+
+    /// The package as the parts of a signed manifest, which is how devices get it. A form that is
+    /// not there has no part.
+    ///
+    /// # Errors
+    /// If a part does not encode, which takes more memory than there is.
+    pub fn parts(&self) -> Result<Vec<(PartKind, Vec<u8>)>, postcard::Error> {
+        let frames: Vec<u8> = self
+            .golden
+            .iter()
+            .flat_map(|golden| golden.pixels.iter().copied())
+            .collect();
+        let answers: Vec<u8> = self
+            .golden
+            .iter()
+            .flat_map(|golden| golden.answer.iter().flat_map(|value| value.to_le_bytes()))
+            .collect();
+        let golden = Golden {
+            width: self.input.width,
+            height: self.input.height,
+            channels: self.input.channels,
+            frames: &frames,
+            logits: &answers,
+            tolerance: self.tolerance,
+        };
+        let mut parts = vec![
+            (PartKind::Onnx, self.onnx.clone()),
+            (PartKind::BurnRecord, self.record.clone()),
+            (
+                PartKind::Spec,
+                encoded(&self.spec(), 1024 + self.labels.len())?,
+            ),
+            (PartKind::Scores, self.scores.clone()),
+            (
+                PartKind::Golden,
+                encoded(&golden, 64 + frames.len() + answers.len())?,
+            ),
+        ];
+        parts.retain(|(_, bytes)| !bytes.is_empty());
+        Ok(parts)
     }
 
     /// Runs the golden inputs through a plan of this model; returns the largest difference.
@@ -351,6 +393,14 @@ pub fn answer(
         .into_iter()
         .find(|values| !values.is_empty())
         .unwrap_or_default())
+}
+
+/// The postcard form of a value that takes no more than `most` bytes.
+fn encoded<T: serde::Serialize>(value: &T, most: usize) -> Result<Vec<u8>, postcard::Error> {
+    let mut buffer = vec![0; most];
+    let used = postcard::to_slice(value, &mut buffer)?.len();
+    buffer.truncate(used);
+    Ok(buffer)
 }
 
 struct Reader<'a> {

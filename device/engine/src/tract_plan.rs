@@ -150,13 +150,17 @@ fn input_type(model: &InferenceModel, shape: &[usize; 4]) -> Result<DatumType, S
     }
 }
 
-/// The graph for one input shape. Half precision is computed in f32: processors without half
-/// arithmetic emulate it slowly, and the result is nearer to the exact one. The input then is f32
-/// too; outputs keep their type.
+/// The graph for one input shape.
 fn optimised(model: InferenceModel, kind: DatumType, shape: &[usize]) -> TractResult<TypedModel> {
-    let mut typed = model
+    let typed = model
         .with_input_fact(0, InferenceFact::dt_shape(kind, shape))?
         .into_typed()?;
+    in_single_precision(typed)?.into_optimized()
+}
+
+/// A graph in half precision, input included, in f32 instead: processors without half arithmetic
+/// emulate it slowly, and the result is nearer to the exact one. Outputs keep their type.
+pub(crate) fn in_single_precision(mut typed: TypedModel) -> TractResult<TypedModel> {
     let half = |node: &TypedNode| {
         node.outputs
             .iter()
@@ -166,7 +170,7 @@ fn optimised(model: InferenceModel, kind: DatumType, shape: &[usize]) -> TractRe
         FloatPrecisionTranslator::new(f16::datum_type(), f32::datum_type())
             .transform(&mut typed)?;
     }
-    typed.into_optimized()
+    Ok(typed)
 }
 
 impl Plan for TractPlan {

@@ -206,10 +206,11 @@ fn resnet_2b_answers_as_onnx_runtime() {
                 height: 32,
                 channels: 3,
             });
-            label.split_whitespace().last() == Some(&top(&model.logits).to_string())
+            label.trim() == top(&model.logits).to_string()
         })
         .count();
     eprintln!("resnet_2b: {right} of {}", labels.len());
+    assert!((650..=740).contains(&right), "{right}");
 }
 
 #[test]
@@ -243,8 +244,8 @@ fn squeezenet_in_half_precision_knows_a_kitten() {
         let expected = &arrays[&format!("case{case}/out/softmaxout_1")];
         let off = worst(&probabilities, expected);
         eprintln!("squeezenet: off by {off:e}");
-        // Half precision has steps of 4.9e-4 near 1; what is summed in f32 here is rounded there.
-        assert!(off < 5e-3, "{off}");
+        // Half precision has steps of 4.9e-4 near 1.
+        assert!(off < 5e-4, "{off}");
     }
     let kitten = data::picture(&dir.join("media/kitten_224.png"));
     model.frame(&kitten.frame());

@@ -93,6 +93,9 @@ fn ssd(
     options: &Options,
     notes: &mut Vec<String>,
 ) -> Guess {
+    if values.iter().any(|value| value.shape.len() != 3) {
+        return Ok(None);
+    }
     let last = |at: usize| values[at].shape.last().copied().unwrap_or(0);
     let named = |at: usize| {
         let name = values[at].name.to_lowercase();

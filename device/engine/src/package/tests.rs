@@ -131,3 +131,28 @@ fn every_mistake_names_the_file_and_the_key() {
     let nowhere = Package::read(&dir.path().join("golden")).unwrap_err();
     assert!(nowhere.to_string().contains(MANIFEST));
 }
+
+#[test]
+fn the_parts_for_devices_say_the_same() {
+    for task in tasks() {
+        let package = package(task);
+        let parts = package.parts().unwrap();
+        let kinds: Vec<PartKind> = parts.iter().map(|(kind, _)| *kind).collect();
+        assert_eq!(
+            kinds,
+            [
+                PartKind::Onnx,
+                PartKind::Spec,
+                PartKind::Scores,
+                PartKind::Golden
+            ]
+        );
+        assert_eq!(
+            postcard::from_bytes::<ModelSpec<'_>>(&parts[1].1).unwrap(),
+            package.spec()
+        );
+        let golden: Golden<'_> = postcard::from_bytes(&parts[3].1).unwrap();
+        assert_eq!(golden.frames, package.golden[0].pixels);
+        assert_eq!(golden.logits.len(), 8);
+    }
+}
