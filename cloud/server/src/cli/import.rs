@@ -479,4 +479,103 @@ mod tests {
         std::fs::write(&path, "stop\n\nstop\n").unwrap();
         assert!(labels(&path).unwrap_err().to_string().contains("line 2"));
     }
+
+    #[derive(clap::Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: ImportArgs,
+    }
+
+    /// Runs the command on our own network as another's file, in a folder.
+    fn import_with(dir: &Path, flags: &[&str]) -> Result<ExitCode> {
+        use clap::Parser;
+        let file = dir.join("net.onnx");
+        if !file.exists() {
+            let config = flywheel_models::NetConfig {
+                channels: 3,
+                width: 32,
+                height: 32,
+                classes: 2,
+                embedding: 64,
+            };
+            let record = flywheel_models::Weights::init(&config, 1)?.to_record()?;
+            std::fs::write(&file, flywheel_models::export::to_onnx(&config, &record)?)?;
+        }
+        let program = [std::ffi::OsStr::new("import"), file.as_os_str()];
+        let flags = flags.iter().map(std::ffi::OsStr::new);
+        run(
+            &Line::try_parse_from(program.into_iter().chain(flags))?.args,
+            false,
+        )
+    }
+
+    #[test]
+    fn a_file_becomes_a_package_with_or_without_calibration() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name).display().to_string();
+        std::fs::write(path("labels.txt"), "red\nblue\n").unwrap();
+        for (label, colour) in [("red", [200, 10, 10]), ("blue", [10, 10, 200])] {
+            std::fs::create_dir_all(dir.path().join("seen").join(label)).unwrap();
+            for shade in 0..4u8 {
+                let picture = image::RgbImage::from_fn(40, 30, |x, y| {
+                    image::Rgb(colour.map(|c: u8| c.wrapping_add(shade * 9 + (x * y % 7) as u8)))
+                });
+                picture
+                    .save(
+                        dir.path()
+                            .join("seen")
+                            .join(label)
+                            .join(format!("{shade}.png")),
+                    )
+                    .unwrap();
+            }
+        }
+        let labels = path("labels.txt");
+        import_with(dir.path(), &["--labels", &labels, "--out", &path("plain")]).unwrap();
+        let plain = Package::read(Path::new(&path("plain"))).unwrap();
+        assert_eq!(
+            (plain.name.as_str(), plain.labels.as_str()),
+            ("net", "red\nblue")
+        );
+        let shape = device_core::params::Params::shape_of(&plain.scores).unwrap();
+        // Nothing is known about the embedding, so scores fall back to the logits.
+        assert_eq!((shape.classes, shape.dim, plain.embedding), (2, 0, 64));
+
+        let flags = [
+            "--labels",
+            &labels,
+            "--calibrate",
+            &path("seen"),
+            "--mean",
+            "0.5",
+        ];
+        let golden = path("seen/red/0.png");
+        let more = ["--golden", &golden, "--out", &path("fitted")];
+        import_with(dir.path(), &[&flags[..], &more[..]].concat()).unwrap();
+        let fitted = Package::read(Path::new(&path("fitted"))).unwrap();
+        let shape = device_core::params::Params::shape_of(&fitted.scores).unwrap();
+        assert_eq!((shape.dim, fitted.golden.len()), (64, 1));
+    }
+
+    #[test]
+    fn wrong_flags_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("out").display().to_string();
+        let nowhere = dir.path().join("nowhere").display().to_string();
+        for (flags, named) in [
+            (["--colour", "grey"], "--colour"),
+            (["--labels", &nowhere], "--labels"),
+            (["--golden", &nowhere], "nowhere"),
+            (["--calibrate", &nowhere], "--calibrate"),
+            (["--embedding", "nowhere"], "--embedding"),
+            (["--size", "64x64"], "--size"),
+            (["--size", "64"], "--size"),
+            (["--std", "0"], "--std"),
+        ] {
+            let flags = [&flags[..], &["--out", &out]].concat();
+            let error = import_with(dir.path(), &flags).unwrap_err();
+            assert!(format!("{error:#}").contains(named), "{named}: {error:#}");
+        }
+        assert!(!dir.path().join("out").join(MANIFEST).exists());
+    }
 }
