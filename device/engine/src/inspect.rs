@@ -63,7 +63,8 @@ pub struct Feature {
 
 /// A parsed ONNX file.
 pub struct Graph {
-    proto: pb::ModelProto,
+    graph: pb::GraphProto,
+    metadata: Vec<pb::StringStringEntryProto>,
 }
 
 impl Graph {
@@ -75,12 +76,10 @@ impl Graph {
         let proto = tract_onnx::onnx()
             .proto_model_for_read(&mut std::io::Cursor::new(onnx))
             .map_err(|error| format!("it is no ONNX file, or damaged: {error:#}"))?;
-        if proto.graph.is_none() {
-            return Err("it is no ONNX file, or damaged: it has no graph".to_owned());
-        }
-        let graph = Self { proto };
+        let graph = proto
+            .graph
+            .ok_or("it is no ONNX file, or damaged: it has no graph")?;
         if let Some(outside) = graph
-            .graph()
             .initializer
             .iter()
             .find(|tensor| !tensor.external_data.is_empty())
@@ -90,22 +89,16 @@ impl Graph {
                 outside.name
             ));
         }
-        Ok(graph)
-    }
-
-    fn graph(&self) -> &pb::GraphProto {
-        // `parse` has seen that there is one.
-        static EMPTY: std::sync::OnceLock<pb::GraphProto> = std::sync::OnceLock::new();
-        self.proto
-            .graph
-            .as_ref()
-            .unwrap_or_else(|| EMPTY.get_or_init(pb::GraphProto::default))
+        Ok(Self {
+            graph,
+            metadata: proto.metadata_props,
+        })
     }
 
     /// Inputs that are not weights.
     pub fn inputs(&self) -> Vec<Port> {
         let weights: BTreeSet<&str> = self.weights();
-        self.graph()
+        self.graph
             .input
             .iter()
             .filter(|input| !weights.contains(input.name.as_str()))
@@ -115,13 +108,12 @@ impl Graph {
 
     /// Outputs in the file's order.
     pub fn outputs(&self) -> Vec<Port> {
-        self.graph().output.iter().map(port).collect()
+        self.graph.output.iter().map(port).collect()
     }
 
     /// A value of the file's metadata.
     pub fn metadata(&self, key: &str) -> Option<&str> {
-        self.proto
-            .metadata_props
+        self.metadata
             .iter()
             .find(|entry| entry.key == key)
             .map(|entry| entry.value.as_str())
@@ -129,7 +121,7 @@ impl Graph {
 
     /// Whether the graph has a value of this name.
     pub fn has_value(&self, name: &str) -> bool {
-        let graph = self.graph();
+        let graph = &self.graph;
         graph.input.iter().any(|input| input.name == name)
             || graph
                 .node
@@ -141,7 +133,7 @@ impl Graph {
     pub fn unknown_operators(&self) -> Vec<String> {
         let known = tract_onnx::onnx().op_register.0;
         let mut unknown = BTreeSet::new();
-        let mut graphs = vec![self.graph()];
+        let mut graphs = vec![&self.graph];
         while let Some(graph) = graphs.pop() {
             for node in &graph.node {
                 if !known.contains_key(&node.op_type) {
@@ -220,12 +212,12 @@ impl Graph {
     }
 
     fn weights(&self) -> BTreeSet<&str> {
-        let tensors = self.graph().initializer.iter();
+        let tensors = self.graph.initializer.iter();
         tensors.map(|tensor| tensor.name.as_str()).collect()
     }
 
     fn producers(&self) -> BTreeMap<&str, &pb::NodeProto> {
-        self.graph()
+        self.graph
             .node
             .iter()
             .flat_map(|node| {
@@ -380,10 +372,8 @@ fn quantised(
 }
 
 fn port(info: &pb::ValueInfoProto) -> Port {
-    let tensor = match info.r#type.as_ref().and_then(|kind| kind.value.as_ref()) {
-        Some(type_proto::Value::TensorType(tensor)) => Some(tensor),
-        None => None,
-    };
+    let value = info.r#type.as_ref().and_then(|kind| kind.value.as_ref());
+    let tensor = value.map(|type_proto::Value::TensorType(tensor)| tensor);
     let side = |dimension: &pb::tensor_shape_proto::Dimension| match &dimension.value {
         Some(dimension::Value::DimValue(side)) => usize::try_from(*side).ok().filter(|s| *s > 0),
         _ => None,
