@@ -8,6 +8,9 @@
 mod burn_plan;
 pub mod engine;
 pub mod frame;
+pub mod import;
+pub mod inspect;
+pub mod package;
 pub mod preprocess;
 mod tract_plan;
 
@@ -15,4 +18,4 @@ pub use engine::{EngineError, EngineKind, ModelBytes, Output, Plan, UnknownEngin
 pub use frame::Frame;
 pub use preprocess::{InputError, preprocess};
 
-pub use flywheel_shared::spec::{InputSpec, ModelSpec};
+pub use flywheel_shared::spec::{ClassOutput, InputSpec, ModelSpec, Task};

@@ -3,7 +3,7 @@
 //! Training, evaluation and the device all call [`preprocess`], so that what a model sees cannot
 //! drift between the three.
 
-use flywheel_shared::spec::InputSpec;
+use flywheel_shared::spec::{Colour, InputSpec, Layout, Scale};
 use thiserror::Error;
 
 use crate::Frame;
@@ -50,8 +50,8 @@ pub enum InputError {
     },
 }
 
-/// Writes the input tensor of `frame` to `out`, NCHW with N = 1:
-/// `out[c][y][x] = (p / 255 − mean[c]) / std[c]`.
+/// Writes the input tensor of `frame` to `out` in the spec's layout, N = 1:
+/// `(p / scale − mean[c]) / std[c]`, with c the channel in the tensor's own order.
 ///
 /// `p` is the frame resized with a triangle filter around half-pixel centres: bilinear when
 /// enlarging; when shrinking, the filter widens with the scale, so that a photograph does not
@@ -65,7 +65,13 @@ pub fn preprocess(frame: &Frame<'_>, spec: &InputSpec, out: &mut [f32]) -> Resul
     let (width, height) = (usize::from(spec.width), usize::from(spec.height));
     let (from_w, from_h) = (frame.width as usize, frame.height as usize);
     let same_size = from_w == width && from_h == height;
+    let channels = usize::from(spec.channels);
     let plane = width * height;
+    let divisor = spec.scale.divisor();
+    let order = match spec.colour {
+        Colour::Rgb => [0, 1, 2],
+        Colour::Bgr => [2, 1, 0],
+    };
     for y in 0..height {
         let rows = Window::new(y, height, from_h);
         for x in 0..width {
@@ -78,10 +84,45 @@ pub fn preprocess(frame: &Frame<'_>, spec: &InputSpec, out: &mut [f32]) -> Resul
                 (3, 1) => [0.299 * pixel[0] + 0.587 * pixel[1] + 0.114 * pixel[2]; 3],
                 _ => pixel,
             };
-            for (c, value) in pixel.iter().enumerate().take(usize::from(spec.channels)) {
-                out[c * plane + y * width + x] = (value / 255.0 - spec.mean[c]) / spec.std[c];
+            for (c, from) in order.into_iter().enumerate().take(channels) {
+                let at = match spec.layout {
+                    Layout::Nchw => c * plane + y * width + x,
+                    Layout::Nhwc => (y * width + x) * channels + c,
+                };
+                out[at] = (pixel[from] / divisor - spec.mean[c]) / spec.std[c];
             }
         }
+    }
+    Ok(())
+}
+
+/// Writes `frame` at another size and number of channels to `out` (u8, HWC), by the filter of
+/// [`preprocess`].
+///
+/// # Errors
+/// As [`preprocess`].
+pub fn resize(
+    frame: &Frame<'_>,
+    width: u16,
+    height: u16,
+    channels: u8,
+    out: &mut [u8],
+) -> Result<(), InputError> {
+    let spec = InputSpec {
+        layout: Layout::Nhwc,
+        scale: Scale::Byte,
+        ..InputSpec::new(width, height, channels)
+    };
+    if out.len() != spec.len() {
+        return Err(InputError::OutLen {
+            found: out.len(),
+            want: spec.len(),
+        });
+    }
+    let mut values = vec![0.0; spec.len()];
+    preprocess(frame, &spec, &mut values)?;
+    for (place, value) in out.iter_mut().zip(values) {
+        *place = value.round() as u8;
     }
     Ok(())
 }
@@ -192,13 +233,7 @@ mod tests {
     use super::*;
 
     fn spec(width: u16, height: u16, channels: u8) -> InputSpec {
-        InputSpec {
-            width,
-            height,
-            channels,
-            mean: [0.0; 3],
-            std: [1.0; 3],
-        }
+        InputSpec::new(width, height, channels)
     }
 
     fn frame(pixels: &[u8], width: u32, height: u32, channels: u8) -> Frame<'_> {
@@ -224,6 +259,28 @@ mod tests {
         for (found, want) in out.iter().zip(want) {
             assert!((found - want).abs() < 1e-6, "{out:?}");
         }
+    }
+
+    #[test]
+    fn layout_colour_order_and_scale_follow_the_spec() {
+        let pixels = [10, 20, 30, 40, 50, 60];
+        let spec = InputSpec {
+            layout: Layout::Nhwc,
+            colour: Colour::Bgr,
+            scale: Scale::Byte,
+            // In the tensor's order: blue first.
+            mean: [1.0, 2.0, 3.0],
+            ..spec(2, 1, 3)
+        };
+        let mut out = [0.0; 6];
+        preprocess(&frame(&pixels, 2, 1, 3), &spec, &mut out).unwrap();
+        assert_eq!(out, [29.0, 18.0, 7.0, 59.0, 48.0, 37.0]);
+        let planes = InputSpec {
+            layout: Layout::Nchw,
+            ..spec
+        };
+        preprocess(&frame(&pixels, 2, 1, 3), &planes, &mut out).unwrap();
+        assert_eq!(out, [29.0, 59.0, 18.0, 48.0, 7.0, 37.0]);
     }
 
     #[test]
