@@ -5,13 +5,17 @@
 //! add a module that implements [`Plan`] and a variant of [`EngineKind`]; the parity test then
 //! covers it.
 
+pub mod bare;
 mod burn_plan;
 pub mod engine;
 pub mod frame;
 pub mod preprocess;
 mod tract_plan;
 
-pub use engine::{EngineError, EngineKind, ModelBytes, Output, Plan, UnknownEngine, load};
+pub use bare::{Bare, describe};
+pub use engine::{
+    EngineError, EngineKind, ModelBytes, OperatorCost, Output, Plan, UnknownEngine, load,
+};
 pub use frame::Frame;
 pub use preprocess::{InputError, preprocess};
 

@@ -8,6 +8,10 @@ use thiserror::Error;
 
 use crate::Frame;
 
+/// Columns of the source whose weights are kept while a column of the target is made; beyond it
+/// (shrinking by more than 32) they are computed for each row again.
+const MAX_TAPS: usize = 64;
+
 /// Why a frame cannot be made into an input tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum InputError {
@@ -63,27 +67,58 @@ pub enum InputError {
 pub fn preprocess(frame: &Frame<'_>, spec: &InputSpec, out: &mut [f32]) -> Result<(), InputError> {
     check(frame, spec, out.len())?;
     let (width, height) = (usize::from(spec.width), usize::from(spec.height));
-    let (from_w, from_h) = (frame.width as usize, frame.height as usize);
-    let same_size = from_w == width && from_h == height;
-    let plane = width * height;
-    for y in 0..height {
-        let rows = Window::new(y, height, from_h);
-        for x in 0..width {
-            let pixel = if same_size {
-                read(frame, x, y)
-            } else {
-                filtered(frame, &Window::new(x, width, from_w), &rows)
-            };
-            let pixel = match (frame.channels, spec.channels) {
-                (3, 1) => [0.299 * pixel[0] + 0.587 * pixel[1] + 0.114 * pixel[2]; 3],
-                _ => pixel,
-            };
-            for (c, value) in pixel.iter().enumerate().take(usize::from(spec.channels)) {
-                out[c * plane + y * width + x] = (value / 255.0 - spec.mean[c]) / spec.std[c];
-            }
+    if (frame.width as usize, frame.height as usize) == (width, height) {
+        copy(frame, spec, out);
+        return Ok(());
+    }
+    let mut weights = [0.0; MAX_TAPS];
+    for x in 0..width {
+        let columns = Columns::new(x, width, frame.width as usize, &mut weights);
+        for y in 0..height {
+            let rows = Window::new(y, height, frame.height as usize);
+            put(
+                filtered(frame, &columns, &rows),
+                frame,
+                spec,
+                y * width + x,
+                out,
+            );
         }
     }
     Ok(())
+}
+
+/// Frame and tensor have the same sides.
+fn copy(frame: &Frame<'_>, spec: &InputSpec, out: &mut [f32]) {
+    let plane = out.len() / usize::from(spec.channels);
+    if (frame.channels, spec.channels) == (3, 1) {
+        for (index, pixel) in frame.pixels.chunks_exact(3).enumerate() {
+            let pixel = [0, 1, 2].map(|c| f32::from(pixel[c]));
+            put(pixel, frame, spec, index, out);
+        }
+        return;
+    }
+    // One channel at a time, so that the compiler can use vector registers.
+    let step = usize::from(frame.channels);
+    for (c, out) in out.chunks_exact_mut(plane).enumerate() {
+        let (mean, std) = (spec.mean[c], spec.std[c]);
+        let from = frame.pixels[c % step..].iter().step_by(step);
+        for (value, &pixel) in out.iter_mut().zip(from) {
+            *value = (f32::from(pixel) / 255.0 - mean) / std;
+        }
+    }
+}
+
+/// Normalises one pixel into its places in the tensor.
+fn put(pixel: [f32; 3], frame: &Frame<'_>, spec: &InputSpec, index: usize, out: &mut [f32]) {
+    let plane = out.len() / usize::from(spec.channels);
+    let pixel = match (frame.channels, spec.channels) {
+        (3, 1) => [0.299 * pixel[0] + 0.587 * pixel[1] + 0.114 * pixel[2]; 3],
+        _ => pixel,
+    };
+    for (c, value) in pixel.iter().enumerate().take(usize::from(spec.channels)) {
+        out[c * plane + index] = (value / 255.0 - spec.mean[c]) / spec.std[c];
+    }
 }
 
 fn check(frame: &Frame<'_>, spec: &InputSpec, out: usize) -> Result<(), InputError> {
@@ -159,23 +194,71 @@ impl Window {
     }
 }
 
-fn filtered(frame: &Frame<'_>, columns: &Window, rows: &Window) -> [f32; 3] {
-    let mut sum = [0.0; 3];
-    let mut total = 0.0;
+/// The columns of the source that make one column of the target, with their weights, which are the
+/// same in every row.
+struct Columns<'w> {
+    first: usize,
+    weights: &'w [f32],
+    /// Where they do not fit the buffer: weights are computed as they are needed.
+    wide: Option<Window>,
+}
+
+impl<'w> Columns<'w> {
+    fn new(target: usize, target_len: usize, source_len: usize, buffer: &'w mut [f32]) -> Self {
+        let window = Window::new(target, target_len, source_len);
+        let taps = window.last - window.first + 1;
+        let Some(weights) = buffer.get_mut(..taps) else {
+            return Self {
+                first: window.first,
+                weights: &[],
+                wide: Some(window),
+            };
+        };
+        for (tap, weight) in weights.iter_mut().enumerate() {
+            *weight = window.weight(window.first + tap);
+        }
+        Self {
+            first: window.first,
+            weights,
+            wide: None,
+        }
+    }
+}
+
+fn filtered(frame: &Frame<'_>, columns: &Columns<'_>, rows: &Window) -> [f32; 3] {
+    // The fourth value adds up the weights.
+    let mut sum = [0.0; 4];
+    let mut add = |pixel: [f32; 3], weight: f32| {
+        let [r, g, b] = pixel;
+        for (sum, value) in sum.iter_mut().zip([r, g, b, 1.0]) {
+            *sum += weight * value;
+        }
+    };
     for y in rows.first..=rows.last {
         let row_weight = rows.weight(y);
         if row_weight == 0.0 {
             continue;
         }
-        for x in columns.first..=columns.last {
-            let weight = row_weight * columns.weight(x);
-            total += weight;
-            for (sum, value) in sum.iter_mut().zip(read(frame, x, y)) {
-                *sum += weight * value;
+        if let Some(window) = &columns.wide {
+            for x in window.first..=window.last {
+                add(read(frame, x, y), row_weight * window.weight(x));
+            }
+            continue;
+        }
+        let start = y * frame.width as usize + columns.first;
+        if frame.channels == 1 {
+            for (&pixel, weight) in frame.pixels[start..].iter().zip(columns.weights) {
+                add([f32::from(pixel); 3], row_weight * weight);
+            }
+        } else {
+            let pixels = frame.pixels[3 * start..].chunks_exact(3);
+            for (pixel, weight) in pixels.zip(columns.weights) {
+                add([0, 1, 2].map(|c| f32::from(pixel[c])), row_weight * weight);
             }
         }
     }
-    sum.map(|value| value / total)
+    let [r, g, b, total] = sum;
+    [r, g, b].map(|value| value / total)
 }
 
 /// One pixel; gray is repeated.
@@ -245,6 +328,61 @@ mod tests {
         let mut out = [0.0; 64];
         preprocess(&frame(&pixels, 64, 64, 1), &spec(8, 8, 1), &mut out).unwrap();
         assert!(out.iter().all(|v| (v - 0.5).abs() < 0.05), "{out:?}");
+    }
+
+    /// As the docstring says it, pixel by pixel.
+    fn by_definition(frame: &Frame<'_>, spec: &InputSpec) -> Vec<f32> {
+        let (width, height) = (usize::from(spec.width), usize::from(spec.height));
+        let mut out = vec![0.0; spec.len()];
+        for y in 0..height {
+            let rows = Window::new(y, height, frame.height as usize);
+            for x in 0..width {
+                let columns = Window::new(x, width, frame.width as usize);
+                let (mut sum, mut total) = ([0.0; 3], 0.0);
+                for row in rows.first..=rows.last {
+                    for column in columns.first..=columns.last {
+                        let weight = rows.weight(row) * columns.weight(column);
+                        total += weight;
+                        for (sum, value) in sum.iter_mut().zip(read(frame, column, row)) {
+                            *sum += weight * value;
+                        }
+                    }
+                }
+                let mut pixel = sum.map(|value| value / total);
+                if (frame.channels, spec.channels) == (3, 1) {
+                    pixel = [0.299 * pixel[0] + 0.587 * pixel[1] + 0.114 * pixel[2]; 3];
+                }
+                for (c, plane) in out.chunks_exact_mut(width * height).enumerate() {
+                    plane[y * width + x] = (pixel[c] / 255.0 - spec.mean[c]) / spec.std[c];
+                }
+            }
+        }
+        out
+    }
+
+    #[test]
+    fn fast_paths_give_the_very_values_of_the_definition() {
+        let pixels: Vec<u8> = (0..420 * 36 * 3).map(|i| (i * 73 % 251) as u8).collect();
+        // Equal sides, enlarging, shrinking, and shrinking by so much that weights don't fit.
+        for (w, h) in [(32, 32), (24, 20), (40, 36), (96, 64), (420, 36)] {
+            for (from, to) in [(1, 1), (1, 3), (3, 1), (3, 3)] {
+                let frame = frame(&pixels[..w * h * from], w as u32, h as u32, from as u8);
+                for (width, height) in [(32, 32), (5, 40)] {
+                    let spec = InputSpec {
+                        mean: [0.45, 0.5, 0.4],
+                        std: [0.25, 0.2, 0.3],
+                        ..spec(width, height, to)
+                    };
+                    let mut out = vec![0.0; spec.len()];
+                    preprocess(&frame, &spec, &mut out).unwrap();
+                    assert_eq!(
+                        out,
+                        by_definition(&frame, &spec),
+                        "{w}×{h}×{from} to {spec:?}"
+                    );
+                }
+            }
+        }
     }
 
     #[test]

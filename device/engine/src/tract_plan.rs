@@ -1,14 +1,21 @@
 //! tract: runs the ONNX file after optimising its graph for one input shape.
 
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
 use flywheel_shared::spec::ModelSpec;
 use tract_onnx::prelude::*;
+use tract_onnx::tract_core::plan::eval;
 
-use crate::engine::{EngineError, EngineKind, Output, Plan, check_buffers, copy_finite};
+use crate::engine::{
+    EngineError, EngineKind, OperatorCost, Output, Plan, check_output, copy_finite,
+};
 
 /// An optimised graph with its running state.
 pub struct TractPlan {
     state: TypedSimpleState,
-    shape: [usize; 4],
+    /// Written in place, and lent to the state while it runs.
+    input: Arc<Tensor>,
     classes: usize,
     embedding: usize,
 }
@@ -70,16 +77,23 @@ impl TractPlan {
         }
         Ok(Self {
             state: plan.spawn().map_err(|error| format!("{error:#}"))?,
-            shape,
+            input: Tensor::zero::<f32>(&shape)
+                .map_err(|error| format!("{error:#}"))?
+                .into_arc_tensor(),
             classes: spec.classes(),
             embedding,
         })
     }
 
-    fn answer(&mut self, input: &[f32], output: &mut Output<'_>) -> Result<(), String> {
+    fn answer(&mut self, output: &mut Output<'_>) -> Result<(), String> {
         let say = |error: TractError| format!("{error:#}");
-        let tensor = Tensor::from_shape(&self.shape, input).map_err(say)?;
-        let answers = self.state.run(tvec!(tensor.into_tvalue())).map_err(say)?;
+        let input = Arc::clone(&self.input).into_tvalue();
+        let answers = self.state.run(tvec!(input)).map_err(say);
+        if answers.is_err() {
+            // A run that failed half way holds values, the input among them.
+            self.state.reset_turn().map_err(say)?;
+        }
+        let answers = answers?;
         let slots = [
             ("logits", &mut *output.logits),
             ("embedding", &mut *output.embedding),
@@ -101,7 +115,7 @@ impl Plan for TractPlan {
     }
 
     fn input_len(&self) -> usize {
-        self.shape.iter().product()
+        self.input.len()
     }
 
     fn classes(&self) -> usize {
@@ -112,11 +126,63 @@ impl Plan for TractPlan {
         self.embedding
     }
 
-    fn run(&mut self, input: &[f32], output: &mut Output<'_>) -> Result<(), EngineError> {
-        check_buffers(self, input, output)?;
-        self.answer(input, output).map_err(|why| EngineError::Run {
+    fn input_mut(&mut self) -> &mut [f32] {
+        // Nobody else holds it between two runs, so nothing is copied here.
+        Arc::make_mut(&mut self.input)
+            .to_plain_array_view_mut::<f32>()
+            .ok()
+            .and_then(|view| view.into_slice())
+            .unwrap_or_default()
+    }
+
+    fn run_in_place(&mut self, output: &mut Output<'_>) -> Result<(), EngineError> {
+        check_output(self, output)?;
+        self.answer(output).map_err(|why| EngineError::Run {
             engine: self.kind().name(),
             why,
         })
+    }
+
+    fn profile(&mut self, runs: u32) -> Result<Vec<OperatorCost>, EngineError> {
+        let failed = |error: TractError| EngineError::Run {
+            engine: EngineKind::Tract.name(),
+            why: format!("{error:#}"),
+        };
+        self.input_mut().fill(0.0);
+        let mut spent = vec![Duration::ZERO; self.state.model().nodes().len()];
+        for run in 0..2 * runs {
+            let input = Arc::clone(&self.input).into_tvalue();
+            self.state
+                .run_plan_with_eval(tvec!(input), |context, state, node, inputs| {
+                    let start = Instant::now();
+                    let answer = eval(context, state, node, inputs);
+                    if run >= runs {
+                        spent[node.id] += start.elapsed();
+                    }
+                    answer
+                })
+                .map_err(failed)?;
+        }
+        let mut costs: Vec<OperatorCost> = self
+            .state
+            .model()
+            .nodes()
+            .iter()
+            .zip(spent)
+            .filter(|(_, spent)| !spent.is_zero())
+            .map(|(node, spent)| OperatorCost {
+                node: node.name.clone(),
+                operator: node.op.name().into_owned(),
+                shape: node
+                    .outputs
+                    .first()
+                    .and_then(|output| output.fact.shape.as_concrete())
+                    .map(<[usize]>::to_vec)
+                    .unwrap_or_default(),
+                nanos: spent.as_nanos() as f64 / f64::from(runs),
+            })
+            .collect();
+        costs.sort_by(|a, b| b.nanos.total_cmp(&a.nanos));
+        Ok(costs)
     }
 }

@@ -1,11 +1,12 @@
-//! A model in memory: engine, score parameters and every buffer that a frame needs, allocated once.
+//! A model in memory: engine, score parameters and every buffer that a frame needs, allocated once. The
+//! input tensor is the engine's own, so that preprocessing is the only pass over the pixels.
 
 use device_core::params::{Params, ParamsError, Shape};
 use device_core::score::{ScoreError, quantise, score};
 use device_core::sketch::signature;
 use device_engine::{
-    EngineError, EngineKind, Frame, InputError, InputSpec, ModelBytes, ModelSpec, Output, Plan,
-    load, preprocess,
+    EngineError, EngineKind, Frame, InputError, InputSpec, ModelBytes, ModelSpec, OperatorCost,
+    Output, Plan, load, preprocess,
 };
 use flywheel_shared::ids::Digest;
 use flywheel_shared::message::Scores;
@@ -14,6 +15,7 @@ use flywheel_shared::trust::PartKind;
 use thiserror::Error;
 
 use super::package::Package;
+use crate::meter::{Meter, Stage};
 
 /// Why a model cannot be loaded or does not answer.
 #[derive(Debug, Error)]
@@ -76,7 +78,6 @@ pub struct Runner {
     plan: Box<dyn Plan>,
     shape: Shape,
     params: Vec<f32>,
-    input: Vec<f32>,
     logits: Vec<f32>,
     embedding: Vec<f32>,
     scratch: Vec<f32>,
@@ -127,7 +128,6 @@ impl Runner {
             sequence: package.sequence,
             labels: spec.labels().map(str::to_owned).collect(),
             spec: spec.input,
-            input: vec![0.0; plan.input_len()],
             plan,
             shape,
             params,
@@ -156,9 +156,35 @@ impl Runner {
             .map_or("", String::as_str)
     }
 
-    /// Runs one frame and scores the answer.
-    pub fn infer(&mut self, frame: &Frame<'_>) -> Result<Scores, RunnerError> {
-        self.run(frame)?;
+    /// The engine that runs it.
+    pub fn engine(&self) -> EngineKind {
+        self.plan.kind()
+    }
+
+    /// Classes, and values of the embedding.
+    pub fn sizes(&self) -> (usize, usize) {
+        (self.logits.len(), self.embedding.len())
+    }
+
+    /// What each operator costs; see [`Plan::profile`].
+    pub fn profile(&mut self, runs: u32) -> Result<Vec<OperatorCost>, RunnerError> {
+        self.plan
+            .profile(runs)
+            .map_err(|source| RunnerError::Engine {
+                model: self.digest,
+                source,
+            })
+    }
+
+    /// Runs one frame and scores the answer; `meter` is told what each stage takes.
+    pub fn infer(&mut self, frame: &Frame<'_>, meter: &mut Meter) -> Result<Scores, RunnerError> {
+        self.run(frame, meter)?;
+        let scores = self.score();
+        meter.end(Stage::Score);
+        scores
+    }
+
+    fn score(&mut self) -> Result<Scores, RunnerError> {
         let model = self.digest;
         let params = Params::view(self.shape, &self.params).map_err(|error| RunnerError::Part {
             model,
@@ -169,20 +195,21 @@ impl Runner {
             .map_err(|source| RunnerError::Score { model, source })
     }
 
-    fn run(&mut self, frame: &Frame<'_>) -> Result<(), RunnerError> {
-        preprocess(frame, &self.spec, &mut self.input)?;
+    fn run(&mut self, frame: &Frame<'_>, meter: &mut Meter) -> Result<(), RunnerError> {
+        // Straight into the engine's tensor.
+        preprocess(frame, &self.spec, self.plan.input_mut())?;
+        meter.end(Stage::Preprocess);
         self.plan
-            .run(
-                &self.input,
-                &mut Output {
-                    logits: &mut self.logits,
-                    embedding: &mut self.embedding,
-                },
-            )
+            .run_in_place(&mut Output {
+                logits: &mut self.logits,
+                embedding: &mut self.embedding,
+            })
             .map_err(|source| RunnerError::Engine {
                 model: self.digest,
                 source,
-            })
+            })?;
+        meter.end(Stage::Infer);
+        Ok(())
     }
 
     /// What the embedding of the last frame looks like, roughly; `None` without an embedding.
@@ -213,6 +240,7 @@ impl Runner {
         let golden: Golden<'_> = postcard::from_bytes(package.part(PartKind::Golden))
             .map_err(|error| wrong(format!("does not decode: {error}")))?;
         let classes = self.logits.len();
+        let mut meter = Meter::new();
         let count = golden.frames.len().checked_div(golden.frame_len());
         let Some(count) = count.filter(|count| *count > 0) else {
             return Err(wrong("holds no frame".to_owned()));
@@ -233,12 +261,13 @@ impl Runner {
             .zip(answers)
             .enumerate()
         {
-            self.run(&Frame {
+            let frame = Frame {
                 pixels,
                 width: u32::from(golden.width),
                 height: u32::from(golden.height),
                 channels: golden.channels,
-            })?;
+            };
+            self.run(&frame, &mut meter)?;
             for (logit, (found, bytes)) in
                 self.logits.iter().zip(answer.chunks_exact(4)).enumerate()
             {
