@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use device_core::flicker::Flicker;
 use device_core::pace::{Next, Pace, Pacer};
+use device_core::params::MAX_SIDE;
 use device_core::slot::{Action, Event, Held};
 use device_core::trigger::{Observation, Trigger, TriggerConfig, TriggerError};
 use device_engine::Frame;
@@ -29,6 +30,8 @@ use crate::wire;
 const SAVE_EVERY: u64 = 64;
 /// Bytes of batch header, signature and envelope that fall to one sample.
 const BATCH_SHARE: usize = 10;
+/// As many zeros as the longest embedding has values.
+static BLANK: [u8; MAX_SIDE as usize] = [0; MAX_SIDE as usize];
 /// Frames in a row that may fail before the source is given up.
 const MAX_FAILURES: u32 = 100;
 /// How many errors of one kind are logged in full before only every thousandth is.
@@ -323,9 +326,10 @@ impl Pipeline {
         let (codec, payload) = self.frame.payload();
         let meta = self.frame.meta;
         let model = self.live.as_ref().map(Runner::digest);
-        let (embedding, embedding_scale) = match (&mut self.live, scores) {
-            (Some(live), Some(_)) => live.quantised(),
-            _ => (&[][..], 0.0),
+        // Most frames are not kept: until one is, its embedding is as many zeros.
+        let dim = match (&self.live, scores) {
+            (Some(live), Some(_)) => live.sizes().1,
+            _ => 0,
         };
         let mut sample = Sample {
             seq: 0,
@@ -339,8 +343,8 @@ impl Pipeline {
             lane: Lane::Uniform,
             inclusion: 0.0,
             scores: scores.unwrap_or_default(),
-            embedding_scale,
-            embedding,
+            embedding_scale: 0.0,
+            embedding: &BLANK[..dim.min(BLANK.len())],
             // Sides beyond that do not fit a message as pixels, and files carry their own.
             width: u16::try_from(meta.width).unwrap_or(u16::MAX),
             height: u16::try_from(meta.height).unwrap_or(u16::MAX),
@@ -361,6 +365,9 @@ impl Pipeline {
         if let Some(flag) = flag {
             sample.lane = flag.lane;
             sample.inclusion = flag.inclusion;
+            if let Some(live) = self.live.as_mut().filter(|_| dim > 0) {
+                (sample.embedding, sample.embedding_scale) = live.quantised();
+            }
             let pushed = lock(&self.shared.spool).push(&mut sample, flag.value);
             self.meter.end(Stage::Spool);
             if let Some(reason) = pushed.lost {

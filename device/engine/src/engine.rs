@@ -182,8 +182,8 @@ pub struct OperatorCost {
     pub operator: String,
     /// Shape of its first output.
     pub shape: Vec<usize>,
-    /// Mean time of a run, in nanoseconds.
-    pub nanos: f64,
+    /// Median time of a run, in nanoseconds.
+    pub nanos: u64,
 }
 
 /// Loads a model with an engine.

@@ -29,7 +29,7 @@ use rig::Rig;
 /// Frames that are run before anything is counted, at least: the trigger's warm-up and the growth of
 /// every buffer lie in them.
 const WARMUP: u64 = 300;
-/// Runs that a profile is the mean of.
+/// Runs that a profile is the median of.
 const PROFILE_RUNS: u32 = 200;
 /// Operators that a profile lists.
 const PROFILE_ROWS: usize = 20;
@@ -241,7 +241,7 @@ fn one(
     let mut operators = Vec::new();
     if args.profile {
         let costs = runner.profile(PROFILE_RUNS)?;
-        let all: f64 = costs.iter().map(|cost| cost.nanos).sum();
+        let all: u64 = costs.iter().map(|cost| cost.nanos).sum();
         operators.extend(
             costs
                 .into_iter()
@@ -250,8 +250,8 @@ fn one(
                     node: cost.node,
                     operator: cost.operator,
                     shape: cost.shape,
-                    us: cost.nanos / 1000.0,
-                    share: cost.nanos / all,
+                    us: cost.nanos as f64 / 1000.0,
+                    share: cost.nanos as f64 / all as f64,
                 }),
         );
     }
