@@ -40,7 +40,7 @@ pub enum ModelError {
     /// Two networks differ in more than the number of classes.
     #[error("cannot grow the champion: {0}")]
     Grow(String),
-    /// The ONNX exporter refused, or wrote something unexpected.
-    #[error("ONNX export: {0}")]
+    /// The ONNX exporter refused, or the file is malformed.
+    #[error("ONNX file: {0}")]
     Export(String),
 }

@@ -7,7 +7,7 @@
 pub mod error;
 pub mod export;
 pub mod net;
-mod onnx;
+pub mod onnx;
 pub mod record;
 pub mod sim;
 pub mod weights;

@@ -1,4 +1,4 @@
-//! Canonical names for an exported ONNX file.
+//! ONNX files as protobuf: canonical names for what we export, and [`edit`] for what others made.
 //!
 //! burn-onnx names values after a counter that is global to the process (`tensor_57`), so that two
 //! exports of one model differ in their bytes and therefore in their digest. This rewrites the
@@ -8,6 +8,8 @@
 use std::collections::BTreeMap;
 
 use crate::ModelError;
+
+pub mod edit;
 
 /// The ONNX messages that carry value names, directly or below them.
 #[derive(Clone, Copy)]
@@ -115,9 +117,7 @@ fn rewrite(
                 return Ok(());
             }
         };
-        write_varint(&mut out, number << 3 | 2);
-        write_varint(&mut out, changed.len() as u64);
-        out.extend_from_slice(&changed);
+        field(&mut out, number, &changed);
         Ok(())
     })?;
     Ok(out)
@@ -177,6 +177,18 @@ fn write_varint(out: &mut Vec<u8>, mut value: u64) {
     out.push(value as u8);
 }
 
+/// Writes a length-delimited field.
+fn field(out: &mut Vec<u8>, number: u64, payload: &[u8]) {
+    write_varint(out, number << 3 | 2);
+    write_varint(out, payload.len() as u64);
+    out.extend_from_slice(payload);
+}
+
+fn varint_field(out: &mut Vec<u8>, number: u64, value: u64) {
+    write_varint(out, number << 3);
+    write_varint(out, value);
+}
+
 fn take<'a>(bytes: &mut &'a [u8], len: u64) -> Result<&'a [u8], ModelError> {
     let split = usize::try_from(len)
         .ok()
@@ -191,7 +203,7 @@ fn text(bytes: &[u8]) -> Result<&str, ModelError> {
 }
 
 fn malformed(what: &str) -> ModelError {
-    ModelError::Export(format!("the exporter's protobuf is malformed: {what}"))
+    ModelError::Export(format!("the protobuf is malformed: {what}"))
 }
 
 #[cfg(test)]
@@ -200,9 +212,7 @@ mod tests {
 
     fn field(number: u64, payload: &[u8]) -> Vec<u8> {
         let mut out = Vec::new();
-        write_varint(&mut out, number << 3 | 2);
-        write_varint(&mut out, payload.len() as u64);
-        out.extend_from_slice(payload);
+        super::field(&mut out, number, payload);
         out
     }
 

@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use cloud_trainer::{Example, TrainConfig};
-use device_engine::{EngineKind, Frame, InputSpec, ModelBytes, ModelSpec, Output, preprocess};
+use device_engine::{
+    ClassOutput, EngineKind, Frame, InputSpec, ModelBytes, ModelSpec, Output, Task, preprocess,
+};
 use flywheel_models::NetConfig;
 use flywheel_models::sim::{CLASSES, Conditions, Lighting, Mix, Roads, RoadsConfig, Weather};
 
@@ -28,11 +30,9 @@ fn roads(seed: u64, conditions: Conditions) -> Result<Roads> {
 #[test]
 fn a_model_of_clear_days_does_worse_at_night_and_in_fog() -> Result<()> {
     let input = InputSpec {
-        width: SIZE as u16,
-        height: SIZE as u16,
-        channels: 3,
         mean: [0.5; 3],
         std: [0.25; 3],
+        ..InputSpec::new(SIZE as u16, SIZE as u16, 3)
     };
     let net = NetConfig {
         channels: 3,
@@ -63,6 +63,7 @@ fn a_model_of_clear_days_does_worse_at_night_and_in_fog() -> Result<()> {
         labels: &labels,
         input,
         embedding: 64,
+        task: Task::Classify(ClassOutput::Logits),
     };
     let mut plan = device_engine::load(
         EngineKind::Tract,
@@ -93,6 +94,7 @@ fn a_model_of_clear_days_does_worse_at_night_and_in_fog() -> Result<()> {
             &mut Output {
                 logits: &mut logits,
                 embedding: &mut embedding,
+                heads: &mut [],
             },
         )?;
         let said = (0..logits.len()).max_by(|a, b| logits[*a].total_cmp(&logits[*b]));

@@ -10,6 +10,10 @@ use device_core::params::{Params, ParamsError, Shape};
 use device_core::score::{ScoreError, knot_level, normalise, score};
 use thiserror::Error;
 
+mod neutral;
+
+pub use neutral::neutral;
+
 /// Knots in each conformal table.
 pub const TABLE: u16 = 64;
 /// Range in which the temperature is sought.

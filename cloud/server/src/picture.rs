@@ -127,13 +127,11 @@ impl Picture {
         if (self.width, self.height, self.channels) == (width, height, channels) {
             return Ok(self.clone());
         }
-        let spec = flywheel_shared::spec::InputSpec {
-            width: u16::try_from(width).context("the picture is too wide")?,
-            height: u16::try_from(height).context("the picture is too high")?,
+        let spec = flywheel_shared::spec::InputSpec::new(
+            u16::try_from(width).context("the picture is too wide")?,
+            u16::try_from(height).context("the picture is too high")?,
             channels,
-            mean: [0.0; 3],
-            std: [1.0; 3],
-        };
+        );
         let mut planes = vec![0f32; spec.len()];
         device_engine::preprocess(&self.frame(), &spec, &mut planes)
             .context("the picture can't be resized")?;

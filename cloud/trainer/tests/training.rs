@@ -4,7 +4,9 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use cloud_trainer::{Augment, Champion, Example, TrainConfig, TrainError, Trained, train};
-use device_engine::{EngineKind, InputSpec, ModelBytes, ModelSpec, Output, load};
+use device_engine::{
+    ClassOutput, EngineKind, InputSpec, ModelBytes, ModelSpec, Output, Task, load,
+};
 use flywheel_models::{ARCH, NetConfig};
 
 const SIDE: usize = 16;
@@ -18,11 +20,9 @@ fn config(classes: usize) -> TrainConfig {
         embedding: 16,
     };
     let input = InputSpec {
-        width: SIDE as u16,
-        height: SIDE as u16,
-        channels: 1,
         mean: [0.5; 3],
         std: [0.25; 3],
+        ..InputSpec::new(SIDE as u16, SIDE as u16, 1)
     };
     TrainConfig {
         steps: 40,
@@ -85,6 +85,7 @@ fn accuracy(config: &TrainConfig, trained: &Trained, classes: &[usize]) -> f32 {
         labels: &labels.join("\n"),
         input: config.input,
         embedding: config.net.embedding as u16,
+        task: Task::Classify(ClassOutput::Logits),
     };
     let bytes = ModelBytes {
         onnx: &trained.onnx,
@@ -109,6 +110,7 @@ fn accuracy(config: &TrainConfig, trained: &Trained, classes: &[usize]) -> f32 {
             let mut output = Output {
                 logits: &mut logits,
                 embedding: &mut embedding,
+                heads: &mut [],
             };
             plan.run(&input, &mut output).unwrap();
             let best = (0..logits.len())

@@ -9,7 +9,8 @@ use std::thread::{self, JoinHandle};
 
 use device_core::params::{Params, Shape};
 use device_engine::{
-    EngineKind, Frame, InputSpec, ModelBytes, ModelSpec, Output, load, preprocess,
+    ClassOutput, EngineKind, Frame, InputSpec, ModelBytes, ModelSpec, Output, Task, load,
+    preprocess,
 };
 use fake::{Cloud, Release, release_key};
 use flywheel_agent::agent::{self, AgentError, Mode};
@@ -133,13 +134,12 @@ fn release(sequence: u64) -> Release {
         arch: ARCH,
         labels: "stop\nyield\nother",
         input: InputSpec {
-            width: SIDE,
-            height: SIDE,
-            channels: 3,
             mean: [0.5; 3],
             std: [0.25; 3],
+            ..InputSpec::new(SIDE, SIDE, 3)
         },
         embedding: 64,
+        task: Task::Classify(ClassOutput::Logits),
     };
     let net = NetConfig {
         channels: 3,
@@ -173,6 +173,7 @@ fn release(sequence: u64) -> Release {
         let mut output = Output {
             logits: &mut logits,
             embedding: &mut [0.0; 64],
+            heads: &mut [],
         };
         plan.run(&input, &mut output).unwrap();
         answers.extend(logits.iter().flat_map(|logit| logit.to_le_bytes()));

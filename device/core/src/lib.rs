@@ -10,6 +10,8 @@
 //! | [`pace`] | whether the next frame may be taken now |
 //! | [`params`] | what the bytes of a score-parameter part mean |
 //! | [`score`] | how sure and how familiar a model's answer is, on one scale |
+//! | [`anomaly`] | how unusual a frame is to a model without classes |
+//! | [`detect`] | what boxes a detector's tensors mean, and how sure the frame is |
 //! | [`sketch`] | what looks alike: signatures of embeddings, and counts of what was sent |
 //! | [`flicker`] | whether the model contradicts itself from frame to frame |
 //! | [`quantile`] | where the best few percent of a stream begin |
@@ -23,7 +25,9 @@
 #[cfg(test)]
 extern crate std;
 
+pub mod anomaly;
 pub mod bucket;
+pub mod detect;
 pub mod flicker;
 pub mod pace;
 pub mod params;

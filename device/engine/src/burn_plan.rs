@@ -2,7 +2,7 @@
 
 use burn::tensor::{Device, Tensor, TensorData};
 use flywheel_models::{ARCH, Frozen, NetConfig, Weights};
-use flywheel_shared::spec::ModelSpec;
+use flywheel_shared::spec::{ClassOutput, Layout, ModelSpec, Task};
 
 use crate::engine::{EngineError, EngineKind, Output, Plan, check_output, copy_finite};
 
@@ -43,6 +43,11 @@ impl BurnPlan {
             return Err(format!(
                 "the record is of architecture {:?}; this build knows {ARCH:?}",
                 spec.arch
+            ));
+        }
+        if spec.task != Task::Classify(ClassOutput::Logits) || spec.input.layout != Layout::Nchw {
+            return Err(format!(
+                "a record of {ARCH:?} classifies NCHW images to logits; the spec says otherwise"
             ));
         }
         let config = NetConfig {

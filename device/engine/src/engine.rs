@@ -64,7 +64,8 @@ impl FromStr for EngineKind {
 /// A model in all the forms its package holds; an engine reads the one it can run.
 #[derive(Debug, Clone, Copy)]
 pub struct ModelBytes<'a> {
-    /// ONNX file, outputs in the order logits, embedding. Empty if the package has none.
+    /// ONNX file; its outputs are those of the task in the spec's order, then the embedding. Empty
+    /// if the package has none.
     pub onnx: &'a [u8],
     /// burnpack record. Empty if the package has none.
     pub record: &'a [u8],
@@ -75,8 +76,11 @@ pub struct ModelBytes<'a> {
 /// Where an engine writes its answer. The lengths must be the plan's.
 #[derive(Debug)]
 pub struct Output<'a> {
-    /// Unnormalised class scores, one per class.
+    /// Unnormalised class scores, one per class; empty for a task without them.
     pub logits: &'a mut [f32],
+    /// A detector's raw tensors one after the other, an anomaly score or a reconstruction; empty
+    /// for every other task. `device_core::detect` makes boxes of the first.
+    pub heads: &'a mut [f32],
     /// The embedding; empty if the model has none.
     pub embedding: &'a mut [f32],
 }
@@ -103,7 +107,7 @@ pub enum EngineError {
     /// A buffer of the caller has the wrong length.
     #[error("{what} buffer has {found} values, the model wants {want}")]
     Buffer {
-        /// `input`, `logits` or `embedding`.
+        /// `input`, `logits`, `heads` or `embedding`.
         what: &'static str,
         /// Its length.
         found: usize,
@@ -131,13 +135,18 @@ pub trait Plan: Send {
     /// Values of one input tensor.
     fn input_len(&self) -> usize;
 
-    /// Number of classes, the length of [`Output::logits`].
+    /// Length of [`Output::logits`]: the number of classes of a classifier, 0 for other tasks.
     fn classes(&self) -> usize;
+
+    /// Length of [`Output::heads`]; 0 for a classifier.
+    fn heads_len(&self) -> usize {
+        0
+    }
 
     /// Length of [`Output::embedding`]; 0 if the model has none.
     fn embedding_dim(&self) -> usize;
 
-    /// Runs one preprocessed image, NCHW with N = 1.
+    /// Runs one preprocessed image.
     ///
     /// # Errors
     /// [`EngineError::Buffer`] for a wrong length, [`EngineError::Run`] if the engine fails or
@@ -152,8 +161,8 @@ pub trait Plan: Send {
         self.run_in_place(output)
     }
 
-    /// The plan's own input tensor, [`Plan::input_len`] values NCHW with N = 1, for
-    /// [`crate::preprocess()`] to write to. What it held before is not kept.
+    /// The plan's own input tensor, [`Plan::input_len`] values, for [`crate::preprocess()`] to
+    /// write to. It holds what was written last, also after a run.
     fn input_mut(&mut self) -> &mut [f32];
 
     /// Runs what was written to [`Plan::input_mut`] since the last run.
@@ -202,6 +211,13 @@ pub fn load(kind: EngineKind, model: &ModelBytes<'_>) -> Result<Box<dyn Plan>, E
             form,
         });
     }
+    let spec = model.spec;
+    if spec.logits() + spec.head_lens().iter().sum::<usize>() + usize::from(spec.embedding) == 0 {
+        return Err(EngineError::Load {
+            engine: kind.name(),
+            why: "the spec names no output: it has neither classes nor an embedding".to_owned(),
+        });
+    }
     // The loaders only build new values from borrowed bytes, so a panic leaves nothing half done.
     let loaded = catch_unwind(AssertUnwindSafe(|| -> Result<Box<dyn Plan>, String> {
         Ok(match kind {
@@ -224,6 +240,7 @@ pub fn load(kind: EngineKind, model: &ModelBytes<'_>) -> Result<Box<dyn Plan>, E
 pub(crate) fn check_output(plan: &dyn Plan, output: &Output<'_>) -> Result<(), EngineError> {
     for (what, found, want) in [
         ("logits", output.logits.len(), plan.classes()),
+        ("heads", output.heads.len(), plan.heads_len()),
         ("embedding", output.embedding.len(), plan.embedding_dim()),
     ] {
         if found != want {
@@ -249,7 +266,15 @@ pub(crate) fn copy_finite(from: &[f32], to: &mut [f32], what: &str) -> Result<()
     Ok(())
 }
 
-fn panic_text(panic: &(dyn Any + Send)) -> &str {
+/// The natural logarithm of each probability, so that their softmax is the probabilities again;
+/// what is below 1e-7 counts as that.
+pub(crate) fn probabilities_to_logits(values: &mut [f32]) {
+    for value in values {
+        *value = value.max(1e-7).ln();
+    }
+}
+
+pub(crate) fn panic_text(panic: &(dyn Any + Send)) -> &str {
     panic
         .downcast_ref::<&str>()
         .copied()

@@ -9,7 +9,11 @@ pub mod bare;
 mod burn_plan;
 pub mod engine;
 pub mod frame;
+pub mod import;
+pub mod inspect;
+pub mod package;
 pub mod preprocess;
+mod resample;
 mod tract_plan;
 
 pub use bare::{Bare, describe};
@@ -19,4 +23,4 @@ pub use engine::{
 pub use frame::Frame;
 pub use preprocess::{InputError, preprocess};
 
-pub use flywheel_shared::spec::{InputSpec, ModelSpec};
+pub use flywheel_shared::spec::{ClassOutput, InputSpec, ModelSpec, Task};

@@ -3,14 +3,11 @@
 //! Training, evaluation and the device all call [`preprocess`], so that what a model sees cannot
 //! drift between the three.
 
-use flywheel_shared::spec::InputSpec;
+use flywheel_shared::spec::{Colour, InputSpec, Layout, Scale};
 use thiserror::Error;
 
 use crate::Frame;
-
-/// Columns of the source whose weights are kept while a column of the target is made; beyond it
-/// (shrinking by more than 32) they are computed for each row again.
-const MAX_TAPS: usize = 64;
+use crate::resample::resample;
 
 /// Why a frame cannot be made into an input tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
@@ -54,8 +51,8 @@ pub enum InputError {
     },
 }
 
-/// Writes the input tensor of `frame` to `out`, NCHW with N = 1:
-/// `out[c][y][x] = (p / 255 − mean[c]) / std[c]`.
+/// Writes the input tensor of `frame` to `out` in the spec's layout, N = 1:
+/// `(p / scale − mean[c]) / std[c]`, with c the channel in the tensor's own order.
 ///
 /// `p` is the frame resized with a triangle filter around half-pixel centres: bilinear when
 /// enlarging; when shrinking, the filter widens with the scale, so that a photograph does not
@@ -67,58 +64,91 @@ pub enum InputError {
 pub fn preprocess(frame: &Frame<'_>, spec: &InputSpec, out: &mut [f32]) -> Result<(), InputError> {
     check(frame, spec, out.len())?;
     let (width, height) = (usize::from(spec.width), usize::from(spec.height));
-    if (frame.width as usize, frame.height as usize) == (width, height) {
+    if (frame.width as usize, frame.height as usize) != (width, height) {
+        resample(frame, width, height, |x, y, pixel| {
+            put(pixel, frame, spec, y * width + x, out);
+        });
+    } else if frame.channels <= spec.channels && spec.layout == Layout::Nchw {
         copy(frame, spec, out);
-        return Ok(());
-    }
-    let mut weights = [0.0; MAX_TAPS];
-    for x in 0..width {
-        let columns = Columns::new(x, width, frame.width as usize, &mut weights);
-        for y in 0..height {
-            let rows = Window::new(y, height, frame.height as usize);
-            put(
-                filtered(frame, &columns, &rows),
-                frame,
-                spec,
-                y * width + x,
-                out,
-            );
+    } else {
+        let step = usize::from(frame.channels);
+        for (index, pixel) in frame.pixels.chunks_exact(step).enumerate() {
+            let pixel = [0, 1, 2].map(|c| f32::from(pixel[c.min(step - 1)]));
+            put(pixel, frame, spec, index, out);
         }
     }
     Ok(())
 }
 
-/// Frame and tensor have the same sides.
+/// Where channel `c` of the tensor comes from.
+fn source(spec: &InputSpec, c: usize) -> usize {
+    match spec.colour {
+        Colour::Rgb => c,
+        Colour::Bgr => 2 - c,
+    }
+}
+
+/// Frame and tensor have the same sides, and the tensor's channels lie one after the other: one
+/// channel at a time, so that the compiler can use vector registers.
 fn copy(frame: &Frame<'_>, spec: &InputSpec, out: &mut [f32]) {
     let plane = out.len() / usize::from(spec.channels);
-    if (frame.channels, spec.channels) == (3, 1) {
-        for (index, pixel) in frame.pixels.chunks_exact(3).enumerate() {
-            let pixel = [0, 1, 2].map(|c| f32::from(pixel[c]));
-            put(pixel, frame, spec, index, out);
-        }
-        return;
-    }
-    // One channel at a time, so that the compiler can use vector registers.
     let step = usize::from(frame.channels);
+    let divisor = spec.scale.divisor();
     for (c, out) in out.chunks_exact_mut(plane).enumerate() {
         let (mean, std) = (spec.mean[c], spec.std[c]);
-        let from = frame.pixels[c % step..].iter().step_by(step);
-        for (value, &pixel) in out.iter_mut().zip(from) {
-            *value = (f32::from(pixel) / 255.0 - mean) / std;
+        let from = frame.pixels[source(spec, c).min(step - 1)..].iter();
+        for (value, &pixel) in out.iter_mut().zip(from.step_by(step)) {
+            *value = (f32::from(pixel) / divisor - mean) / std;
         }
     }
 }
 
-/// Normalises one pixel into its places in the tensor.
+/// Normalises one pixel into its places in the tensor; `index` counts pixels.
 fn put(pixel: [f32; 3], frame: &Frame<'_>, spec: &InputSpec, index: usize, out: &mut [f32]) {
-    let plane = out.len() / usize::from(spec.channels);
+    let channels = usize::from(spec.channels);
+    let plane = out.len() / channels;
     let pixel = match (frame.channels, spec.channels) {
         (3, 1) => [0.299 * pixel[0] + 0.587 * pixel[1] + 0.114 * pixel[2]; 3],
         _ => pixel,
     };
-    for (c, value) in pixel.iter().enumerate().take(usize::from(spec.channels)) {
-        out[c * plane + index] = (value / 255.0 - spec.mean[c]) / spec.std[c];
+    for c in 0..channels {
+        let at = match spec.layout {
+            Layout::Nchw => c * plane + index,
+            Layout::Nhwc => index * channels + c,
+        };
+        out[at] = (pixel[source(spec, c)] / spec.scale.divisor() - spec.mean[c]) / spec.std[c];
     }
+}
+
+/// Writes `frame` at another size and number of channels to `out` (u8, HWC), by the filter of
+/// [`preprocess`].
+///
+/// # Errors
+/// As [`preprocess`].
+pub fn resize(
+    frame: &Frame<'_>,
+    width: u16,
+    height: u16,
+    channels: u8,
+    out: &mut [u8],
+) -> Result<(), InputError> {
+    let spec = InputSpec {
+        layout: Layout::Nhwc,
+        scale: Scale::Byte,
+        ..InputSpec::new(width, height, channels)
+    };
+    if out.len() != spec.len() {
+        return Err(InputError::OutLen {
+            found: out.len(),
+            want: spec.len(),
+        });
+    }
+    let mut values = vec![0.0; spec.len()];
+    preprocess(frame, &spec, &mut values)?;
+    for (place, value) in out.iter_mut().zip(values) {
+        *place = value.round() as u8;
+    }
+    Ok(())
 }
 
 fn check(frame: &Frame<'_>, spec: &InputSpec, out: usize) -> Result<(), InputError> {
@@ -164,124 +194,12 @@ fn check(frame: &Frame<'_>, spec: &InputSpec, out: usize) -> Result<(), InputErr
     Ok(())
 }
 
-/// The source pixels along one axis that make one target pixel.
-struct Window {
-    centre: f32,
-    support: f32,
-    first: usize,
-    last: usize,
-}
-
-impl Window {
-    fn new(target: usize, target_len: usize, source_len: usize) -> Self {
-        let scale = source_len as f32 / target_len as f32;
-        let support = scale.max(1.0);
-        // In pixel indices: pixel i has its centre at i.
-        let centre = (target as f32 + 0.5) * scale - 0.5;
-        let first = (centre - support).ceil().max(0.0) as usize;
-        let last = ((centre + support).floor().max(0.0) as usize).min(source_len - 1);
-        Self {
-            centre,
-            support,
-            first: first.min(last),
-            last,
-        }
-    }
-
-    /// Triangle filter; weights outside the image are absent, hence the division by their sum.
-    fn weight(&self, index: usize) -> f32 {
-        (1.0 - (index as f32 - self.centre).abs() / self.support).max(0.0)
-    }
-}
-
-/// The columns of the source that make one column of the target, with their weights, which are the
-/// same in every row.
-struct Columns<'w> {
-    first: usize,
-    weights: &'w [f32],
-    /// Where they do not fit the buffer: weights are computed as they are needed.
-    wide: Option<Window>,
-}
-
-impl<'w> Columns<'w> {
-    fn new(target: usize, target_len: usize, source_len: usize, buffer: &'w mut [f32]) -> Self {
-        let window = Window::new(target, target_len, source_len);
-        let taps = window.last - window.first + 1;
-        let Some(weights) = buffer.get_mut(..taps) else {
-            return Self {
-                first: window.first,
-                weights: &[],
-                wide: Some(window),
-            };
-        };
-        for (tap, weight) in weights.iter_mut().enumerate() {
-            *weight = window.weight(window.first + tap);
-        }
-        Self {
-            first: window.first,
-            weights,
-            wide: None,
-        }
-    }
-}
-
-fn filtered(frame: &Frame<'_>, columns: &Columns<'_>, rows: &Window) -> [f32; 3] {
-    // The fourth value adds up the weights.
-    let mut sum = [0.0; 4];
-    let mut add = |pixel: [f32; 3], weight: f32| {
-        let [r, g, b] = pixel;
-        for (sum, value) in sum.iter_mut().zip([r, g, b, 1.0]) {
-            *sum += weight * value;
-        }
-    };
-    for y in rows.first..=rows.last {
-        let row_weight = rows.weight(y);
-        if row_weight == 0.0 {
-            continue;
-        }
-        if let Some(window) = &columns.wide {
-            for x in window.first..=window.last {
-                add(read(frame, x, y), row_weight * window.weight(x));
-            }
-            continue;
-        }
-        let start = y * frame.width as usize + columns.first;
-        if frame.channels == 1 {
-            for (&pixel, weight) in frame.pixels[start..].iter().zip(columns.weights) {
-                add([f32::from(pixel); 3], row_weight * weight);
-            }
-        } else {
-            let pixels = frame.pixels[3 * start..].chunks_exact(3);
-            for (pixel, weight) in pixels.zip(columns.weights) {
-                add([0, 1, 2].map(|c| f32::from(pixel[c])), row_weight * weight);
-            }
-        }
-    }
-    let [r, g, b, total] = sum;
-    [r, g, b].map(|value| value / total)
-}
-
-/// One pixel; gray is repeated.
-fn read(frame: &Frame<'_>, x: usize, y: usize) -> [f32; 3] {
-    let index = y * frame.width as usize + x;
-    match frame.channels {
-        1 => [f32::from(frame.pixels[index]); 3],
-        _ => [0, 1, 2].map(|c| f32::from(frame.pixels[3 * index + c])),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn spec(width: u16, height: u16, channels: u8) -> InputSpec {
-        InputSpec {
-            width,
-            height,
-            channels,
-            mean: [0.0; 3],
-            std: [1.0; 3],
-        }
+        InputSpec::new(width, height, channels)
     }
 
     fn frame(pixels: &[u8], width: u32, height: u32, channels: u8) -> Frame<'_> {
@@ -310,6 +228,28 @@ mod tests {
     }
 
     #[test]
+    fn layout_colour_order_and_scale_follow_the_spec() {
+        let pixels = [10, 20, 30, 40, 50, 60];
+        let spec = InputSpec {
+            layout: Layout::Nhwc,
+            colour: Colour::Bgr,
+            scale: Scale::Byte,
+            // In the tensor's order: blue first.
+            mean: [1.0, 2.0, 3.0],
+            ..spec(2, 1, 3)
+        };
+        let mut out = [0.0; 6];
+        preprocess(&frame(&pixels, 2, 1, 3), &spec, &mut out).unwrap();
+        assert_eq!(out, [29.0, 18.0, 7.0, 59.0, 48.0, 37.0]);
+        let planes = InputSpec {
+            layout: Layout::Nchw,
+            ..spec
+        };
+        preprocess(&frame(&pixels, 2, 1, 3), &planes, &mut out).unwrap();
+        assert_eq!(out, [29.0, 59.0, 18.0, 48.0, 7.0, 37.0]);
+    }
+
+    #[test]
     fn enlarging_is_bilinear_with_half_pixel_centres() {
         // A 2-pixel step enlarged to 4: centres fall at −0.25, 0.25, 0.75 and 1.25.
         let mut out = [0.0; 4];
@@ -330,56 +270,32 @@ mod tests {
         assert!(out.iter().all(|v| (v - 0.5).abs() < 0.05), "{out:?}");
     }
 
-    /// As the docstring says it, pixel by pixel.
-    fn by_definition(frame: &Frame<'_>, spec: &InputSpec) -> Vec<f32> {
-        let (width, height) = (usize::from(spec.width), usize::from(spec.height));
-        let mut out = vec![0.0; spec.len()];
-        for y in 0..height {
-            let rows = Window::new(y, height, frame.height as usize);
-            for x in 0..width {
-                let columns = Window::new(x, width, frame.width as usize);
-                let (mut sum, mut total) = ([0.0; 3], 0.0);
-                for row in rows.first..=rows.last {
-                    for column in columns.first..=columns.last {
-                        let weight = rows.weight(row) * columns.weight(column);
-                        total += weight;
-                        for (sum, value) in sum.iter_mut().zip(read(frame, column, row)) {
-                            *sum += weight * value;
-                        }
-                    }
-                }
-                let mut pixel = sum.map(|value| value / total);
-                if (frame.channels, spec.channels) == (3, 1) {
-                    pixel = [0.299 * pixel[0] + 0.587 * pixel[1] + 0.114 * pixel[2]; 3];
-                }
-                for (c, plane) in out.chunks_exact_mut(width * height).enumerate() {
-                    plane[y * width + x] = (pixel[c] / 255.0 - spec.mean[c]) / spec.std[c];
-                }
-            }
-        }
-        out
-    }
-
     #[test]
-    fn fast_paths_give_the_very_values_of_the_definition() {
-        let pixels: Vec<u8> = (0..420 * 36 * 3).map(|i| (i * 73 % 251) as u8).collect();
-        // Equal sides, enlarging, shrinking, and shrinking by so much that weights don't fit.
-        for (w, h) in [(32, 32), (24, 20), (40, 36), (96, 64), (420, 36)] {
-            for (from, to) in [(1, 1), (1, 3), (3, 1), (3, 3)] {
-                let frame = frame(&pixels[..w * h * from], w as u32, h as u32, from as u8);
-                for (width, height) in [(32, 32), (5, 40)] {
+    fn equal_sides_take_the_short_way_to_the_same_values() {
+        let pixels: Vec<u8> = (0..5 * 4 * 3).map(|i| (i * 73 % 251) as u8).collect();
+        for (from, to) in [(1, 1), (1, 3), (3, 1), (3, 3)] {
+            for layout in [Layout::Nchw, Layout::Nhwc] {
+                for colour in [Colour::Rgb, Colour::Bgr] {
                     let spec = InputSpec {
                         mean: [0.45, 0.5, 0.4],
                         std: [0.25, 0.2, 0.3],
-                        ..spec(width, height, to)
+                        layout,
+                        colour,
+                        ..InputSpec::new(5, 4, to)
                     };
-                    let mut out = vec![0.0; spec.len()];
-                    preprocess(&frame, &spec, &mut out).unwrap();
-                    assert_eq!(
-                        out,
-                        by_definition(&frame, &spec),
-                        "{w}×{h}×{from} to {spec:?}"
-                    );
+                    let frame = frame(&pixels[..5 * 4 * usize::from(from)], 5, 4, from);
+                    let mut short = vec![0.0; spec.len()];
+                    preprocess(&frame, &spec, &mut short).unwrap();
+                    let mut long = vec![0.0; spec.len()];
+                    resample(&frame, 5, 4, |x, y, pixel| {
+                        put(pixel, &frame, &spec, y * 5 + x, &mut long);
+                    });
+                    for (a, b) in short.iter().zip(&long) {
+                        assert!(
+                            (a - b).abs() < 1e-5,
+                            "{from} to {to}, {layout:?}, {colour:?}"
+                        );
+                    }
                 }
             }
         }

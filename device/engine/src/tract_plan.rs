@@ -3,64 +3,57 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use flywheel_shared::spec::ModelSpec;
+use flywheel_shared::spec::{ClassOutput, ModelSpec, Task};
 use tract_onnx::prelude::*;
+use tract_onnx::tract_core::floats::FloatPrecisionTranslator;
 use tract_onnx::tract_core::internal::{EvalContext, OpState};
 use tract_onnx::tract_core::plan::eval;
+use tract_onnx::tract_core::transform::ModelTransform;
+use tract_onnx::tract_hir::infer::Factoid;
 
 use crate::engine::{
     EngineError, EngineKind, OperatorCost, Output, Plan, check_output, copy_finite,
+    probabilities_to_logits,
 };
 
 /// An optimised graph with its running state.
 pub struct TractPlan {
     state: TypedSimpleState,
-    /// Written in place, and lent to the state while it runs.
+    /// Values of f32, written in place and lent to the state while it runs.
     input: Arc<Tensor>,
+    input_type: DatumType,
     classes: usize,
+    heads: Vec<usize>,
     embedding: usize,
+    probabilities: bool,
 }
 
 impl TractPlan {
     /// Parses and optimises `onnx`, and checks it against `spec`.
     pub fn load(onnx: &[u8], spec: &ModelSpec<'_>) -> Result<Self, String> {
-        let input = &spec.input;
-        let shape = [
-            1,
-            usize::from(input.channels),
-            usize::from(input.height),
-            usize::from(input.width),
-        ];
-        let embedding = usize::from(spec.embedding);
+        let shape = spec.input.shape();
+        let wanted = Outputs::of(spec);
         let model = tract_onnx::onnx()
             .model_for_read(&mut std::io::Cursor::new(onnx))
             .map_err(|error| format!("the ONNX file is damaged: {error:#}"))?;
         let count = |outlets: TractResult<&[OutletId]>| outlets.map_or(0, <[OutletId]>::len);
         let (inputs, outputs) = (count(model.input_outlets()), count(model.output_outlets()));
-        let wanted = 1 + usize::from(embedding > 0);
-        if inputs != 1 || outputs < wanted {
+        if inputs != 1 || outputs < wanted.0.len() {
             return Err(format!(
-                "the ONNX file has {inputs} inputs and {outputs} outputs, the spec wants 1 and {wanted}"
+                "the ONNX file has {inputs} inputs and {outputs} outputs, the spec wants 1 and {}",
+                wanted.0.len()
             ));
         }
-        let declared = model
-            .input_fact(0)
-            .and_then(|fact| fact.shape.as_concrete_finite())
-            .map_err(|error| format!("{error:#}"))?;
-        if let Some(declared) = declared
-            && declared.as_slice() != shape
-        {
-            return Err(format!(
-                "the ONNX file takes {declared:?}, the spec says {shape:?}"
-            ));
-        }
-        let plan = model
-            .with_input_fact(0, InferenceFact::dt_shape(f32::datum_type(), shape))
-            .and_then(InferenceModelExt::into_optimized)
+        let input_type = input_type(&model, &shape)?;
+        let plan = optimised(model, input_type, &shape)
             .and_then(IntoRunnable::into_runnable)
             .map_err(|error| format!("the ONNX graph does not fit its spec: {error:#}"))?;
-        let outputs = [("logits", spec.classes()), ("embedding", embedding)];
-        for (index, (what, want)) in outputs.into_iter().enumerate().take(wanted) {
+        let input_type = plan
+            .model()
+            .input_fact(0)
+            .map_err(|error| format!("{error:#}"))?
+            .datum_type;
+        for (index, (what, want)) in wanted.0.iter().enumerate() {
             let fact = plan
                 .model()
                 .output_fact(index)
@@ -69,9 +62,10 @@ impl TractPlan {
                 .shape
                 .as_concrete()
                 .map(|shape| shape.iter().product::<usize>());
-            if len != Some(want) || fact.datum_type != f32::datum_type() {
+            let float = [f32::datum_type(), f16::datum_type()].contains(&fact.datum_type);
+            if len != Some(*want) || !float {
                 return Err(format!(
-                    "output {index} ({what}) is {:?} {:?}, the spec wants {want} values of f32",
+                    "output {index} ({what}) is {:?} {:?}, the spec wants {want} values of f32 or f16",
                     fact.datum_type, fact.shape
                 ));
             }
@@ -81,14 +75,26 @@ impl TractPlan {
             input: Tensor::zero::<f32>(&shape)
                 .map_err(|error| format!("{error:#}"))?
                 .into_arc_tensor(),
-            classes: spec.classes(),
-            embedding,
+            input_type,
+            classes: spec.logits(),
+            heads: spec.head_lens().to_vec(),
+            embedding: usize::from(spec.embedding),
+            probabilities: spec.task == Task::Classify(ClassOutput::Probabilities),
         })
+    }
+
+    /// The input as the graph takes it.
+    fn tensor(&self) -> TractResult<TValue> {
+        if self.input_type == f32::datum_type() {
+            return Ok(Arc::clone(&self.input).into_tvalue());
+        }
+        let cast = self.input.cast_to_dt(self.input_type)?;
+        Ok(cast.into_owned().into_tvalue())
     }
 
     fn answer(&mut self, output: &mut Output<'_>) -> Result<(), String> {
         let say = |error: TractError| format!("{error:#}");
-        let input = Arc::clone(&self.input).into_tvalue();
+        let input = self.tensor().map_err(say)?;
         let answers = self
             .state
             .run_plan_with_eval(tvec!(input), step)
@@ -98,16 +104,28 @@ impl TractPlan {
             self.state.reset_turn().map_err(say)?;
         }
         let answers = answers?;
-        let slots = [
-            ("logits", &mut *output.logits),
-            ("embedding", &mut *output.embedding),
-        ];
-        for ((what, slot), answer) in slots.into_iter().zip(&answers) {
+        let mut answers = answers.iter();
+        let mut next = |slot: &mut [f32], what: &str| -> Result<(), String> {
             if slot.is_empty() {
-                continue;
+                return Ok(());
             }
+            let answer = answers
+                .next()
+                .ok_or_else(|| format!("there is no {what}"))?;
+            let answer = answer.cast_to::<f32>().map_err(say)?;
             let view = answer.try_as_plain_ram().map_err(say)?;
-            copy_finite(view.as_slice::<f32>().map_err(say)?, slot, what)?;
+            copy_finite(view.as_slice::<f32>().map_err(say)?, slot, what)
+        };
+        next(output.logits, "logits")?;
+        let mut rest = &mut *output.heads;
+        for len in &self.heads {
+            let (head, tail) = rest.split_at_mut(*len);
+            next(head, "heads")?;
+            rest = tail;
+        }
+        next(output.embedding, "embedding")?;
+        if self.probabilities {
+            probabilities_to_logits(output.logits);
         }
         Ok(())
     }
@@ -142,6 +160,64 @@ fn clean_vector_registers() {
     }
 }
 
+/// The name and the number of values of each output that a spec asks for, in order.
+struct Outputs(Vec<(&'static str, usize)>);
+
+impl Outputs {
+    fn of(spec: &ModelSpec<'_>) -> Self {
+        let heads = spec.head_lens();
+        let logits = [("logits", spec.logits())];
+        let embedding = [("embedding", usize::from(spec.embedding))];
+        let heads = heads.iter().map(|len| ("head", *len));
+        let all = logits.into_iter().chain(heads).chain(embedding);
+        Self(all.filter(|(_, len)| *len > 0).collect())
+    }
+}
+
+/// The type of the input, after a look at its declared shape.
+fn input_type(model: &InferenceModel, shape: &[usize; 4]) -> Result<DatumType, String> {
+    let fact = model.input_fact(0).map_err(|error| format!("{error:#}"))?;
+    let declared = fact
+        .shape
+        .as_concrete_finite()
+        .map_err(|error| format!("{error:#}"))?;
+    if let Some(declared) = declared
+        && declared.as_slice() != shape
+    {
+        return Err(format!(
+            "the ONNX file takes {declared:?}, the spec says {shape:?}"
+        ));
+    }
+    match fact.datum_type.concretize() {
+        None => Ok(f32::datum_type()),
+        Some(kind) if [f32::datum_type(), f16::datum_type(), u8::datum_type()].contains(&kind) => {
+            Ok(kind)
+        }
+        Some(other) => Err(format!(
+            "the ONNX file takes values of {other:?}; f32, f16 and u8 can be given"
+        )),
+    }
+}
+
+/// The graph for one input shape. Half precision is computed in f32: processors without half
+/// arithmetic emulate it slowly, and the result is nearer to the exact one. The input then is f32
+/// too; outputs keep their type.
+fn optimised(model: InferenceModel, kind: DatumType, shape: &[usize]) -> TractResult<TypedModel> {
+    let mut typed = model
+        .with_input_fact(0, InferenceFact::dt_shape(kind, shape))?
+        .into_typed()?;
+    let half = |node: &TypedNode| {
+        node.outputs
+            .iter()
+            .any(|output| output.fact.datum_type == f16::datum_type())
+    };
+    if typed.nodes().iter().any(half) {
+        FloatPrecisionTranslator::new(f16::datum_type(), f32::datum_type())
+            .transform(&mut typed)?;
+    }
+    typed.into_optimized()
+}
+
 impl Plan for TractPlan {
     fn kind(&self) -> EngineKind {
         EngineKind::Tract
@@ -153,6 +229,10 @@ impl Plan for TractPlan {
 
     fn classes(&self) -> usize {
         self.classes
+    }
+
+    fn heads_len(&self) -> usize {
+        self.heads.iter().sum()
     }
 
     fn embedding_dim(&self) -> usize {
@@ -184,7 +264,7 @@ impl Plan for TractPlan {
         self.input_mut().fill(0.0);
         let mut spent = vec![Vec::new(); self.state.model().nodes().len()];
         for run in 0..2 * runs {
-            let input = Arc::clone(&self.input).into_tvalue();
+            let input = self.tensor().map_err(failed)?;
             self.state
                 .run_plan_with_eval(tvec!(input), |context, state, node, inputs| {
                     let start = Instant::now();
@@ -219,7 +299,7 @@ impl Plan for TractPlan {
                 },
             })
             .collect();
-        costs.sort_by(|a, b| b.nanos.cmp(&a.nanos));
+        costs.sort_by_key(|cost| std::cmp::Reverse(cost.nanos));
         Ok(costs)
     }
 }

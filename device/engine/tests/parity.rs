@@ -1,8 +1,8 @@
 //! The same model through every engine: equal answers, and the same manners on bad input.
 
 use device_engine::{
-    EngineError, EngineKind, Frame, InputSpec, ModelBytes, ModelSpec, Output, Plan, load,
-    preprocess,
+    ClassOutput, EngineError, EngineKind, Frame, InputSpec, ModelBytes, ModelSpec, Output, Plan,
+    Task, load, preprocess,
 };
 use flywheel_models::{ARCH, NetConfig, Role, Weights, export};
 
@@ -34,13 +34,12 @@ fn package(channels: u8, side: u16) -> Package {
         arch: ARCH,
         labels: LABELS,
         input: InputSpec {
-            width: side,
-            height: side,
-            channels,
             mean: [0.45, 0.44, 0.42],
             std: [0.25, 0.24, 0.26],
+            ..InputSpec::new(side, side, channels)
         },
         embedding: 64,
+        task: Task::Classify(ClassOutput::Logits),
     };
     let config = NetConfig {
         channels: usize::from(channels),
@@ -88,6 +87,7 @@ fn answer(plan: &mut dyn Plan, input: &[f32]) -> (Vec<f32>, Vec<f32>) {
     let mut output = Output {
         logits: &mut logits,
         embedding: &mut embedding,
+        heads: &mut [],
     };
     plan.run(input, &mut output).unwrap();
     (logits, embedding)
@@ -215,6 +215,7 @@ fn buffers_of_the_wrong_length_are_named() {
             let mut output = Output {
                 logits: &mut vec![0.0; logits],
                 embedding: &mut vec![0.0; embedding],
+                heads: &mut [],
             };
             let error = plan.run(&input[..input_len], &mut output).unwrap_err();
             assert!(matches!(error, EngineError::Buffer { what, .. } if what == named));
@@ -231,6 +232,7 @@ fn an_input_that_overflows_is_an_error_not_an_answer() {
         let mut output = Output {
             logits: &mut [0.0; 5],
             embedding: &mut [0.0; 64],
+            heads: &mut [],
         };
         // A ReLU may swallow NaN (max(NaN, 0) is 0), so a finite answer is allowed; a NaN is not.
         if plan.run(&input, &mut output).is_ok() {

@@ -6,6 +6,7 @@
 pub mod data;
 pub mod fleet;
 pub mod format;
+mod import;
 pub mod model;
 mod queue;
 mod serve;

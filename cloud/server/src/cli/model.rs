@@ -49,6 +49,8 @@ pub struct EvalArgs {
 /// Parts of `flywheel model`.
 #[derive(Subcommand)]
 pub enum ModelCommand {
+    /// Make a package of an ONNX file; needs no server.
+    Import(Box<super::import::ImportArgs>),
     /// List models.
     #[command(after_help = "Example: flywheel model ls")]
     Ls,
@@ -187,8 +189,13 @@ fn show_result(client: &Client, job: &JobView, connection: &Connection) -> Resul
 /// # Errors
 /// If the server can't be reached or refuses.
 pub fn run(command: ModelCommand, connection: &Connection) -> Result<ExitCode> {
+    if let ModelCommand::Import(args) = &command {
+        return super::import::run(args, connection.json);
+    }
     let client = connection.client()?;
     match command {
+        // Needs no client, so it is gone by now.
+        ModelCommand::Import(_) => {}
         ModelCommand::Ls => {
             let models: Vec<ModelView> = client.get("/v1/models")?;
             if connection.json {

@@ -74,6 +74,7 @@ impl Inference {
                 &mut Output {
                     logits: &mut self.logits,
                     embedding: &mut self.embedding,
+                    heads: &mut [],
                 },
             )
             .map_err(|error| Fault::Internal(error.to_string()))?;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use cloud_core::evaluate::Report;
 use flywheel_models::NetConfig;
 use flywheel_shared::ids::Digest;
-use flywheel_shared::spec::{InputSpec, ModelSpec};
+use flywheel_shared::spec::{ClassOutput, InputSpec, ModelSpec, Task};
 use flywheel_shared::trust::{
     ANY_HARDWARE, MAX_BODY, Manifest, Part, PartKind, RUNTIME_ABI, Role, Signed, TrialBounds,
     TrustRoot, verify,
@@ -100,6 +100,7 @@ impl ModelRecord {
             labels,
             input: self.input,
             embedding: self.net.embedding as u16,
+            task: Task::Classify(ClassOutput::Logits),
         }
     }
 }

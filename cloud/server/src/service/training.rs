@@ -338,11 +338,9 @@ fn fresh_net(train: &[Labelled], classes: usize) -> Result<(NetConfig, InputSpec
             embedding: EMBEDDING,
         },
         InputSpec {
-            width: side as u16,
-            height: side as u16,
-            channels,
             mean: [0.5; 3],
             std: [0.25; 3],
+            ..InputSpec::new(side as u16, side as u16, channels)
         },
     ))
 }

@@ -57,8 +57,8 @@ impl FromStr for Engines {
 /// Flags of `bench`.
 #[derive(Clone, Debug, Args)]
 pub struct BenchArgs {
-    /// A folder of a model's parts (such as one under a device's models/), or an ONNX file;
-    /// without it an untrained network of the built-in architecture.
+    /// A folder that `flywheel model import` wrote, or one of a device's models/, or an ONNX file of
+    /// a classifier; without it an untrained network of the built-in architecture.
     #[arg(long, value_name = "DIR|FILE")]
     pub model: Option<PathBuf>,
     /// tract, burn-flex, burn-ndarray, auto (the fastest that works), or all.
@@ -200,6 +200,7 @@ fn describe(args: &BenchArgs, package: &Package) -> Result<ModelReport> {
         ],
         mean: input.mean,
         std: input.std,
+        divisor: input.scale.divisor(),
         classes: spec.classes(),
         embedding: usize::from(spec.embedding),
         onnx_bytes: package.part(PartKind::Onnx).len(),

@@ -1,5 +1,5 @@
-//! The model that is measured: a device's package, the parts of one, a bare ONNX file, or an
-//! untrained network of the built-in architecture.
+//! The model that is measured: what `flywheel model import` wrote, the parts of a device's package, a
+//! bare ONNX file, or an untrained network of the built-in architecture.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -8,11 +8,10 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use device_core::params::{Params, Shape};
-use device_engine::{
-    EngineKind, Frame, InputSpec, ModelBytes, ModelSpec, Output, describe, load, preprocess,
-};
+use device_engine::package::{self, answer};
+use device_engine::{EngineKind, InputSpec, ModelBytes, ModelSpec, describe, load};
 use flywheel_models::{ARCH, NetConfig, Weights, export, sim};
-use flywheel_shared::spec::Golden;
+use flywheel_shared::spec::{ClassOutput, Golden, Task};
 use flywheel_shared::trust::PartKind;
 
 use crate::models::Package;
@@ -23,7 +22,8 @@ const GOLDEN_FRAMES: usize = 4;
 /// Knots of the score tables that are made where a model comes without.
 const TABLE: u16 = 64;
 
-/// Opens a folder of parts, an ONNX file, or, with `None`, the built-in network. Signatures are not
+/// Opens a folder with a `model.toml` or with parts, an ONNX file (an image classifier, run as it
+/// is), or, with `None`, the built-in network. Signatures are not
 /// checked, since nothing is installed. What is missing is made up, so that every stage has work:
 /// a spec from the ONNX file (pixels scaled to 0..1), neutral score parameters, and golden answers
 /// from the first engine that loads the model.
@@ -33,6 +33,7 @@ const TABLE: u16 = 64;
 pub fn open(path: Option<&Path>) -> Result<Package> {
     let parts = match path {
         None => built_in()?,
+        Some(path) if path.join("model.toml").is_file() => described(path)?,
         Some(path) if path.is_dir() => Package::parts_in(path)?,
         Some(path) => {
             let onnx = fs::read(path)
@@ -52,13 +53,41 @@ pub fn spec(package: &Package) -> Result<ModelSpec<'_>> {
     postcard::from_bytes(package.part(PartKind::Spec)).context("its spec.bin does not decode")
 }
 
+/// The parts of a package with a description.
+fn described(folder: &Path) -> Result<BTreeMap<PartKind, Vec<u8>>> {
+    let package = package::Package::read(folder)?;
+    let mut parts = BTreeMap::from([(PartKind::Spec, wire::bytes(&package.spec()))]);
+    if !package.golden.is_empty() {
+        let frames: Vec<u8> = package
+            .golden
+            .iter()
+            .flat_map(|g| g.pixels.clone())
+            .collect();
+        let answers = package.golden.iter().flat_map(|golden| &golden.answer);
+        let golden = wire::bytes(&Golden {
+            width: package.input.width,
+            height: package.input.height,
+            channels: package.input.channels,
+            frames: &frames,
+            logits: &answers.flat_map(|v| v.to_le_bytes()).collect::<Vec<_>>(),
+            tolerance: package.tolerance,
+        });
+        parts.insert(PartKind::Golden, golden);
+    }
+    let forms = [
+        (PartKind::Onnx, package.onnx),
+        (PartKind::BurnRecord, package.record),
+        (PartKind::Scores, package.scores),
+    ];
+    parts.extend(forms.into_iter().filter(|(_, bytes)| !bytes.is_empty()));
+    Ok(parts)
+}
+
 fn built_in() -> Result<BTreeMap<PartKind, Vec<u8>>> {
     let input = InputSpec {
-        width: 32,
-        height: 32,
-        channels: 3,
         mean: [0.5; 3],
         std: [0.25; 3],
+        ..InputSpec::new(32, 32, 3)
     };
     let labels = sim::CLASSES.join("\n");
     let spec = ModelSpec {
@@ -66,6 +95,7 @@ fn built_in() -> Result<BTreeMap<PartKind, Vec<u8>>> {
         labels: &labels,
         input,
         embedding: 64,
+        task: Task::Classify(ClassOutput::Logits),
     };
     let config = NetConfig {
         channels: 3,
@@ -92,14 +122,9 @@ fn complete(mut parts: BTreeMap<PartKind, Vec<u8>>) -> Result<Package> {
         let spec = wire::bytes(&ModelSpec {
             arch: "",
             labels: &labels.join("\n"),
-            input: InputSpec {
-                width: bare.width,
-                height: bare.height,
-                channels: bare.channels,
-                mean: [0.0; 3],
-                std: [1.0; 3],
-            },
+            input: InputSpec::new(bare.width, bare.height, bare.channels),
             embedding: bare.embedding,
+            task: Task::Classify(ClassOutput::Logits),
         });
         parts.insert(PartKind::Spec, spec);
     }
@@ -124,7 +149,7 @@ fn complete(mut parts: BTreeMap<PartKind, Vec<u8>>) -> Result<Package> {
 /// Score parameters that know nothing but cost what real ones cost: every class has a mean.
 fn neutral_scores(spec: &ModelSpec<'_>) -> Result<Vec<u8>> {
     let shape = Shape {
-        classes: u16::try_from(spec.classes()).context("too many classes")?,
+        classes: u16::try_from(spec.classes().max(1)).context("too many classes")?,
         dim: spec.embedding,
         table: TABLE,
     }
@@ -180,26 +205,13 @@ fn golden(model: &ModelBytes<'_>) -> Result<Vec<u8>> {
             (state >> 56) as u8
         })
         .collect();
-    let mut logits = vec![0.0; plan.classes()];
-    let mut embedding = vec![0.0; plan.embedding_dim()];
     let mut answers = Vec::new();
     let mut largest = 1.0f32;
-    for pixels in frames.chunks_exact(input.len()) {
-        let frame = Frame {
-            pixels,
-            width: u32::from(input.width),
-            height: u32::from(input.height),
-            channels: input.channels,
-        };
-        preprocess(&frame, input, plan.input_mut())?;
-        plan.run_in_place(&mut Output {
-            logits: &mut logits,
-            embedding: &mut embedding,
-        })?;
-        answers.extend(logits.iter().flat_map(|logit| logit.to_le_bytes()));
-        largest = logits
-            .iter()
-            .fold(largest, |max, logit| max.max(logit.abs()));
+    for (index, pixels) in frames.chunks_exact(input.len()).enumerate() {
+        for value in answer(&mut *plan, input, pixels, index)? {
+            answers.extend(value.to_le_bytes());
+            largest = largest.max(value.abs());
+        }
     }
     Ok(wire::bytes(&Golden {
         width: input.width,

@@ -35,10 +35,12 @@ pub struct ModelReport {
     pub digest: String,
     /// Channels, rows, columns.
     pub input: [usize; 3],
-    /// Mean that is subtracted, by channel, on the scale 0 to 1.
+    /// Mean that is subtracted, by channel.
     pub mean: [f32; 3],
     /// Deviation that is divided by.
     pub std: [f32; 3],
+    /// What pixels are divided by first.
+    pub divisor: f32,
     /// Number of classes, K.
     pub classes: usize,
     /// Values of the embedding, d.

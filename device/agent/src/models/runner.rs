@@ -1,6 +1,8 @@
 //! A model in memory: engine, score parameters and every buffer that a frame needs, allocated once. The
 //! input tensor is the engine's own, so that preprocessing is the only pass over the pixels.
 
+use device_core::anomaly;
+use device_core::detect::{self, CANDIDATES, DetectError, Detection};
 use device_core::params::{Params, ParamsError, Shape};
 use device_core::score::{ScoreError, quantise, score};
 use device_core::sketch::signature;
@@ -10,7 +12,7 @@ use device_engine::{
 };
 use flywheel_shared::ids::Digest;
 use flywheel_shared::message::Scores;
-use flywheel_shared::spec::Golden;
+use flywheel_shared::spec::{AnomalyOutput, Golden, Task};
 use flywheel_shared::trust::PartKind;
 use thiserror::Error;
 
@@ -49,16 +51,24 @@ pub enum RunnerError {
         /// Why.
         source: ScoreError,
     },
+    /// A detector's tensors make no boxes.
+    #[error("model {model}: {source}")]
+    Detect {
+        /// The manifest's digest.
+        model: Digest,
+        /// Why.
+        source: DetectError,
+    },
     /// An answer on a golden input is off.
     #[error(
-        "model {model}: golden input {index}: logit {logit} is {found}, signed is {expected} ± {tolerance}"
+        "model {model}: golden input {index}: value {logit} is {found}, signed is {expected} ± {tolerance}"
     )]
     Golden {
         /// The manifest's digest.
         model: Digest,
         /// Which input.
         index: usize,
-        /// Which logit.
+        /// Which value of the answer.
         logit: usize,
         /// What the engine gave.
         found: f32,
@@ -75,11 +85,18 @@ pub struct Runner {
     sequence: u64,
     labels: Vec<String>,
     spec: InputSpec,
+    task: Task,
     plan: Box<dyn Plan>,
     shape: Shape,
     params: Vec<f32>,
     logits: Vec<f32>,
+    heads: Vec<f32>,
     embedding: Vec<f32>,
+    /// Detections of the last frame, then near misses.
+    candidates: Vec<Detection>,
+    detected: usize,
+    /// Class scores that stand for a frame's detections, or for no class at all.
+    class_scores: Vec<f32>,
     scratch: Vec<f32>,
     codes: Vec<i8>,
     quantised: Vec<u8>,
@@ -108,30 +125,39 @@ impl Runner {
         let shape = Params::parse(scores, &mut params)
             .map_err(unusable)?
             .shape();
-        if usize::from(shape.classes) != plan.classes()
-            || usize::from(shape.dim) != plan.embedding_dim()
-        {
+        // A task without classes is scored as one class; without statistics of the embedding
+        // (dim 0) scores fall back to the logits.
+        let classes = spec.classes().max(1);
+        let dim = plan.embedding_dim();
+        if usize::from(shape.classes) != classes || ![0, dim].contains(&usize::from(shape.dim)) {
             return Err(part(
                 "scores part",
                 format!(
                     "is for {} classes and {} embedding values, the model has {} and {}",
-                    shape.classes,
-                    shape.dim,
-                    plan.classes(),
-                    plan.embedding_dim()
+                    shape.classes, shape.dim, classes, dim
                 ),
             ));
         }
-        let (classes, dim) = (plan.classes(), plan.embedding_dim());
+        let mut candidates = Vec::new();
+        if let Task::Detect(detector) = &spec.task {
+            detect::check(detector, &spec.input, classes)
+                .map_err(|source| RunnerError::Detect { model, source })?;
+            candidates = vec![Detection::default(); CANDIDATES];
+        }
         Ok(Self {
             digest: model,
             sequence: package.sequence,
             labels: spec.labels().map(str::to_owned).collect(),
             spec: spec.input,
+            task: spec.task,
+            logits: vec![0.0; plan.classes()],
+            heads: vec![0.0; plan.heads_len()],
+            class_scores: vec![0.0; classes],
+            candidates,
+            detected: 0,
             plan,
             shape,
             params,
-            logits: vec![0.0; classes],
             embedding: vec![0.0; dim],
             scratch: vec![0.0; shape.scratch()],
             codes: vec![0; dim],
@@ -179,20 +205,56 @@ impl Runner {
     /// Runs one frame and scores the answer; `meter` is told what each stage takes.
     pub fn infer(&mut self, frame: &Frame<'_>, meter: &mut Meter) -> Result<Scores, RunnerError> {
         self.run(frame, meter)?;
-        let scores = self.score();
+        let scores = self.score((frame.width, frame.height));
         meter.end(Stage::Score);
         scores
     }
 
-    fn score(&mut self) -> Result<Scores, RunnerError> {
+    /// `sides` are the frame's, columns and rows.
+    fn score(&mut self, sides: (u32, u32)) -> Result<Scores, RunnerError> {
         let model = self.digest;
+        let scored = |source| RunnerError::Score { model, source };
         let params = Params::view(self.shape, &self.params).map_err(|error| RunnerError::Part {
             model,
             part: "scores part",
             problem: format!("is not usable: {error}"),
         })?;
-        score(&self.logits, &self.embedding, &params, &mut self.scratch)
-            .map_err(|source| RunnerError::Score { model, source })
+        let embedding = &self.embedding[..usize::from(self.shape.dim)];
+        match &self.task {
+            Task::Classify(_) => score(&self.logits, embedding, &params, &mut self.scratch),
+            Task::Detect(detector) => {
+                let found = detect::decode(
+                    detector,
+                    &self.spec,
+                    self.class_scores.len(),
+                    &self.heads,
+                    sides,
+                    &mut self.candidates,
+                )
+                .map_err(|source| RunnerError::Detect { model, source })?;
+                self.detected = found.detections;
+                detect::score(
+                    &self.candidates[..found.candidates],
+                    detector.threshold,
+                    embedding,
+                    &params,
+                    &mut self.class_scores,
+                    &mut self.scratch,
+                )
+            }
+            Task::Anomaly(AnomalyOutput::Score) => anomaly::score(self.heads[0], &params),
+            Task::Anomaly(AnomalyOutput::Reconstruction) => anomaly::score(
+                anomaly::reconstruction_error(self.plan.input_mut(), &self.heads),
+                &params,
+            ),
+            Task::Embed => score(&self.class_scores, embedding, &params, &mut self.scratch),
+        }
+        .map_err(scored)
+    }
+
+    /// The boxes of the last frame, most confident first; none for a model that finds no boxes.
+    pub fn detections(&self) -> &[Detection] {
+        &self.candidates[..self.detected]
     }
 
     fn run(&mut self, frame: &Frame<'_>, meter: &mut Meter) -> Result<(), RunnerError> {
@@ -202,6 +264,7 @@ impl Runner {
         self.plan
             .run_in_place(&mut Output {
                 logits: &mut self.logits,
+                heads: &mut self.heads,
                 embedding: &mut self.embedding,
             })
             .map_err(|source| RunnerError::Engine {
@@ -229,6 +292,14 @@ impl Runner {
         (&self.quantised, scale)
     }
 
+    /// What golden inputs are compared by: class scores, else a head's values, else the embedding.
+    fn answer(&self) -> &[f32] {
+        [&self.logits, &self.heads, &self.embedding]
+            .into_iter()
+            .find(|values| !values.is_empty())
+            .map_or(&[], Vec::as_slice)
+    }
+
     /// Runs the golden inputs of the package and compares the answers with those signed.
     pub fn prove(&mut self, package: &Package) -> Result<(), RunnerError> {
         let model = self.digest;
@@ -239,22 +310,25 @@ impl Runner {
         };
         let golden: Golden<'_> = postcard::from_bytes(package.part(PartKind::Golden))
             .map_err(|error| wrong(format!("does not decode: {error}")))?;
-        let classes = self.logits.len();
+        let answered = self.answer().len();
+        if answered == 0 {
+            return Err(wrong("belongs to a model without outputs".to_owned()));
+        }
         let mut meter = Meter::new();
         let count = golden.frames.len().checked_div(golden.frame_len());
         let Some(count) = count.filter(|count| *count > 0) else {
             return Err(wrong("holds no frame".to_owned()));
         };
         if golden.frames.len() != count * golden.frame_len()
-            || golden.logits.len() != count * classes * 4
+            || golden.logits.len() != count * answered * 4
         {
             return Err(wrong(format!(
-                "holds {} bytes of frames and {} of logits, which does not fit {classes} classes",
+                "holds {} bytes of frames and {} of answers, which does not fit {answered} values a frame",
                 golden.frames.len(),
                 golden.logits.len()
             )));
         }
-        let answers = golden.logits.chunks_exact(classes * 4);
+        let answers = golden.logits.chunks_exact(answered * 4);
         for (index, (pixels, answer)) in golden
             .frames
             .chunks_exact(golden.frame_len())
@@ -269,7 +343,7 @@ impl Runner {
             };
             self.run(&frame, &mut meter)?;
             for (logit, (found, bytes)) in
-                self.logits.iter().zip(answer.chunks_exact(4)).enumerate()
+                self.answer().iter().zip(answer.chunks_exact(4)).enumerate()
             {
                 let expected = f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
                 // Written so that NaN fails.
