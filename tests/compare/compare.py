@@ -158,6 +158,15 @@ def cases(args, folder):
         yield case(args, folder, "resnet_2b", resnet, pictures, "32×32 PNG, no resizing")
     else:
         absent("resnet_2b", resnet, cifar)
+    tiny = models / "mlperf_tiny/benchmark/training/image_classification/trained_models"
+    tiny /= "pretrainedResnet_quant.tflite"
+    if tiny.is_file() and cifar.is_dir():
+        if not (folder / "cifar").is_dir():
+            cifar_pictures(cifar, folder / "cifar")
+        note = "MLPerf Tiny, int8, 32×32 PNG, no resizing"
+        yield case(args, folder, "resnet8_int8", tiny, folder / "cifar", note)
+    else:
+        absent("resnet8_int8", tiny, cifar)
     built_in = folder / "built-in"
     subprocess.run([args.agent, "bench", "--export", built_in], check=True, capture_output=True)
     waste = args.data / "trashnet_small"
@@ -174,24 +183,31 @@ def absent(name, *paths):
 
 
 def case(args, folder, name, model, pictures, note):
-    from convert import convert
+    import convert
+    import quantised
 
-    onnx = model / "model.onnx" if model.is_dir() else model
-    tflite = folder / f"{name}.tflite"
-    convert(onnx, tflite)
+    if model.suffix == ".tflite":
+        # Its input is in its own integers, which stand for pixels as they are.
+        onnx, tflite, own = folder / f"{name}.onnx", model, {"divisor": 1}
+        quantised.convert(tflite, onnx)
+        model = onnx
+    else:
+        onnx = model / "model.onnx" if model.is_dir() else model
+        tflite, own = folder / f"{name}.tflite", {}
+        convert.convert(onnx, tflite)
     command = [args.agent, "bench", "--engine", "tract", "--stdin", "--model", model]
     command += ["--source", f"dir:{pictures}"]
     spec = spec_of(command)
     worker = [sys.executable, HERE / "worker.py"]
-    text = json.dumps({key: spec[key] for key in ("input", "mean", "std")})
+    spec = {key: spec[key] for key in ("input", "mean", "std", "divisor")}
     return {
         "name": name,
         "note": note,
         "bytes": {"onnx": onnx.stat().st_size, "tflite": tflite.stat().st_size},
         "commands": {
             "flywheel": command,
-            "ort": [*worker, "ort", onnx, pictures, text],
-            "litert": [*worker, "litert", tflite, pictures, text],
+            "ort": [*worker, "ort", onnx, pictures, json.dumps(spec)],
+            "litert": [*worker, "litert", tflite, pictures, json.dumps({**spec, **own})],
         },
     }
 

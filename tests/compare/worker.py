@@ -73,6 +73,7 @@ def main():
     runtime, model, folder, spec = sys.argv[1:]
     spec = json.loads(spec)
     channels, height, width = spec["input"]
+    divisor = np.float32(spec["divisor"])
     shape = (1, 1, channels)
     mean = np.array(spec["mean"][:channels], np.float32).reshape(shape)
     std = np.array(spec["std"][:channels], np.float32).reshape(shape)
@@ -87,7 +88,7 @@ def main():
         if picture.size != (width, height):
             picture = picture.resize((width, height), Image.Resampling.BILINEAR)
         values = np.asarray(picture, np.float32).reshape(height, width, channels)
-        values = (values / 255.0 - mean) / std
+        values = (values / divisor - mean) / std
         if not engine.channels_last:
             values = np.ascontiguousarray(values.transpose(2, 0, 1))
         return engine.prepare(values[None])
