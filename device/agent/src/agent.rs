@@ -102,7 +102,12 @@ pub fn run_until(
     let identity = Arc::new(Identity::load(&config.data)?);
     let state = Arc::new(State::open(&config.data)?);
     let source = source::open(&config.source)?;
-    let (shared, live, epoch) = open(config, &identity, &state)?;
+    let device = Device {
+        id: identity.device.clone(),
+        hardware: config.hardware.clone(),
+        trust: identity.trust.clone(),
+    };
+    let (shared, live, epoch) = open(config, device, &state)?;
     tracing::info!(
         device = %identity.device,
         epoch,
@@ -141,9 +146,9 @@ pub fn run_until(
 }
 
 /// Opens everything in the data folder that outlives the process.
-fn open(
+pub(crate) fn open(
     config: &Config,
-    identity: &Identity,
+    device: Device,
     state: &Arc<State>,
 ) -> Result<(Arc<Shared>, Option<Runner>, u32), AgentError> {
     let path = config.data.join("spool");
@@ -163,18 +168,14 @@ fn open(
             "records of earlier starts are in the spool"
         );
     }
-    let device = Device {
-        id: identity.device.clone(),
-        hardware: config.hardware.clone(),
-        trust: identity.trust.clone(),
-    };
     let (models, live) = Models::open(&config.data, Arc::clone(state), device, config.engine)?;
     let status = Status {
-        progress: state.progress(&config.source)?,
+        progress: state.progress(&config.source),
         held: false,
         live: models.record().live,
+        engine: live.as_ref().map(Runner::engine),
     };
-    let bytes_up = state.bytes_up()?;
+    let bytes_up = state.bytes_up();
     let shared = Shared::new(Arc::clone(state), spool, models, status, bytes_up);
     Ok((Arc::new(shared), live, epoch))
 }

@@ -9,6 +9,7 @@ use flywheel_shared::ids::{DeviceId, IdError};
 use tracing_subscriber::EnvFilter;
 
 use crate::agent::{self, Mode};
+use crate::bench::{self, BenchArgs};
 use crate::config::Config;
 use crate::enroll::{self, Request};
 
@@ -41,6 +42,11 @@ enum Command {
         #[arg(long, value_name = "N")]
         frames: u64,
     },
+    /// Measure a model on this board, engine by engine, through the frame loop that production runs.
+    #[command(
+        after_help = "Example:\n  flywheel-agent bench --model model.onnx --engine all\n  flywheel-agent bench --model /var/lib/flywheel/models/3f9c… --engine tract --json --profile\n\nTimes are of one frame. \"outside\" counts heap allocations of frames that were not flagged,\nin everything but the engine and the reading of the picture."
+    )]
+    Bench(BenchArgs),
     /// Trade a one-time token for an identity.
     #[command(
         after_help = "Example:\n  flywheel device enroll        # on the server: prints a token\n  flywheel-agent enroll --url http://127.0.0.1:8080 --token 3f9c… --data /var/lib/flywheel"
@@ -84,7 +90,12 @@ pub fn run_from(arguments: impl Iterator<Item = OsString>) -> ExitCode {
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
         }
     };
-    let filter = EnvFilter::try_from_env("FLYWHEEL_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    // A benchmark's table says all that is to be said.
+    let level = match arguments.command {
+        Command::Bench(_) => "warn",
+        _ => "info",
+    };
+    let filter = EnvFilter::try_from_env("FLYWHEEL_LOG").unwrap_or_else(|_| EnvFilter::new(level));
     // It fails only if logging is set up already.
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -106,6 +117,7 @@ fn execute(command: Command) -> anyhow::Result<()> {
         Command::Once { config, frames } => {
             agent::run(&Config::read(&config)?, Mode::Once { frames })?;
         }
+        Command::Bench(args) => bench::run(&args)?,
         Command::Enroll {
             url,
             token,

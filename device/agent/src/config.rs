@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 
 use device_core::pace::Pace;
 use device_core::uplink::Transport;
-use device_engine::EngineKind;
 use serde::Deserialize;
 use thiserror::Error;
+
+use crate::models::{EngineChoice, UnknownChoice};
 
 /// Why a configuration is not usable.
 #[derive(Debug, Error)]
@@ -131,8 +132,8 @@ pub struct Config {
     pub source: String,
     /// Hardware class that manifests are matched against.
     pub hardware: String,
-    /// The inference engine.
-    pub engine: EngineKind,
+    /// The inference engine, or `auto`.
+    pub engine: EngineChoice,
     /// Transports, the preferred one first; one or two.
     pub transport: Vec<Transport>,
     /// When the next frame is taken.
@@ -183,7 +184,7 @@ fn default_hardware() -> String {
 }
 
 fn default_engine() -> String {
-    EngineKind::default().name().to_owned()
+    EngineChoice::default().name().to_owned()
 }
 
 fn default_transport() -> Vec<TransportKind> {
@@ -222,9 +223,7 @@ impl Config {
         let engine = raw
             .engine
             .parse()
-            .map_err(|error: device_engine::UnknownEngine| {
-                wrong("engine", format!("is wrong: {error}"))
-            })?;
+            .map_err(|error: UnknownChoice| wrong("engine", format!("is wrong: {error}")))?;
         let pace = pace(&raw.pace).ok_or_else(|| {
             wrong(
                 "pace",
@@ -329,7 +328,7 @@ mod tests {
         let config = parse(LEAST).unwrap();
         assert_eq!(config.data, Path::new("etc/d"));
         assert_eq!(config.pace, Pace::Lockstep);
-        assert_eq!(config.engine, EngineKind::Tract);
+        assert_eq!(config.engine.name(), "tract");
         assert_eq!(config.transport, [Transport::Quic, Transport::Mqtt]);
         assert_eq!(config.budget, Budget::default());
     }

@@ -14,17 +14,23 @@
 //! | [`transport`] | QUIC and MQTT |
 //! | [`state`] | what survives restarts |
 //! | [`identity`], [`enroll`] | who the device is |
-#![forbid(unsafe_code)]
+//! | [`bench`], [`meter`], [`allocations`] | what a frame costs |
+// Only the counting allocator is an exception.
+#![deny(unsafe_code)]
 
 pub mod agent;
+pub mod allocations;
+pub mod bench;
 pub mod cli;
 pub mod config;
 pub mod enroll;
 mod files;
 pub mod identity;
 pub mod link;
+pub mod meter;
 pub mod models;
 pub mod pipeline;
+mod position;
 pub mod shared;
 pub mod source;
 pub mod spool;

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use device_core::flicker::Flicker;
 use device_core::pace::{Next, Pace, Pacer};
+use device_core::params::MAX_SIDE;
 use device_core::slot::{Action, Event, Held};
 use device_core::trigger::{Observation, Trigger, TriggerConfig, TriggerError};
 use device_engine::Frame;
@@ -18,6 +19,7 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 use thiserror::Error;
 
 use crate::config::Config;
+use crate::meter::{Meter, Stage};
 use crate::models::{Runner, RunnerError};
 use crate::shared::{Shared, Status, lock};
 use crate::source::{FrameBuf, Read, Source, SourceError};
@@ -28,6 +30,8 @@ use crate::wire;
 const SAVE_EVERY: u64 = 64;
 /// Bytes of batch header, signature and envelope that fall to one sample.
 const BATCH_SHARE: usize = 10;
+/// As many zeros as the longest embedding has values.
+static BLANK: [u8; MAX_SIDE as usize] = [0; MAX_SIDE as usize];
 /// Frames in a row that may fail before the source is given up.
 const MAX_FAILURES: u32 = 100;
 /// How many errors of one kind are logged in full before only every thousandth is.
@@ -62,6 +66,9 @@ pub struct Pipeline {
     ended: bool,
     failures: u32,
     errors: u64,
+    meter: Meter,
+    /// What the live model said of the last frame.
+    scores: Option<Scores>,
 }
 
 /// What the wait for the next frame ended with.
@@ -111,23 +118,56 @@ impl Pipeline {
             ended: false,
             failures: 0,
             errors: 0,
+            meter: Meter::new(),
+            scores: None,
         })
     }
 
     /// Runs until told to stop. The position is saved in any case.
     pub fn run(mut self) -> Result<(), PipelineError> {
         let result = loop {
-            match self.wait() {
-                Go::Stop => break Ok(()),
-                Go::Frame => {
-                    if let Err(error) = self.step() {
-                        break Err(error);
-                    }
-                }
+            match self.take() {
+                Ok(true) => {}
+                Ok(false) => break Ok(()),
+                Err(error) => break Err(error),
             }
         };
         self.save();
         result
+    }
+
+    /// Waits until a frame may be taken, and takes it; false if told to stop instead.
+    pub fn take(&mut self) -> Result<bool, PipelineError> {
+        match self.wait() {
+            Go::Stop => Ok(false),
+            Go::Frame => self.step().map(|()| true),
+        }
+    }
+
+    /// What the stages of the last frame took.
+    pub fn meter(&self) -> &Meter {
+        &self.meter
+    }
+
+    /// What the live model said of the last frame; `None` if it gave no answer.
+    pub fn scores(&self) -> Option<Scores> {
+        self.scores
+    }
+
+    /// Frames given up because processing was too slow for [`Pace::Fps`].
+    pub fn dropped(&self) -> u64 {
+        self.pacer.dropped()
+    }
+
+    /// Whether the source has no more frames.
+    pub fn ended(&self) -> bool {
+        self.ended
+    }
+
+    /// Goes on at another frame of the source.
+    pub fn seek(&mut self, frame: u64) {
+        self.progress.frame = frame;
+        self.ended = false;
     }
 
     /// Waits until the next frame may be taken, or the end.
@@ -187,7 +227,11 @@ impl Pipeline {
     /// Takes one frame.
     fn step(&mut self) -> Result<(), PipelineError> {
         let index = self.progress.frame;
-        match self.source.read(index, &mut self.frame) {
+        self.meter.start();
+        self.scores = None;
+        let read = self.source.read(index, &mut self.frame);
+        self.meter.end(Stage::Read);
+        match read {
             Ok(Read::Frame) => {
                 self.failures = 0;
                 self.look();
@@ -212,7 +256,7 @@ impl Pipeline {
         }
         self.progress.frame += 1;
         self.tell(false);
-        if self.progress.frame - self.saved.frame >= SAVE_EVERY {
+        if self.progress.frame.abs_diff(self.saved.frame) >= SAVE_EVERY {
             self.save();
         }
         Ok(())
@@ -228,7 +272,8 @@ impl Pipeline {
             height: meta.height,
             channels: meta.channels,
         };
-        let scores = match self.live.as_mut().map(|live| live.infer(&pixels)) {
+        let meter = &mut self.meter;
+        let scores = match self.live.as_mut().map(|live| live.infer(&pixels, meter)) {
             None => None,
             Some(Ok(scores)) => Some(scores),
             Some(Err(error)) => {
@@ -239,10 +284,12 @@ impl Pipeline {
         let signature = scores.and(self.live.as_ref().and_then(Runner::signature));
         let mut disagree =
             scores.is_some_and(|scores| self.flicker.observe(scores.top1, signature));
+        self.scores = scores;
+        self.meter.end(Stage::Score);
         let mut event = None;
         if let Some(candidate) = &mut self.candidate {
             let start = Instant::now();
-            let answer = candidate.infer(&pixels);
+            let answer = candidate.infer(&pixels, &mut Meter::new());
             let latency_us = u32::try_from(start.elapsed().as_micros()).unwrap_or(u32::MAX);
             match answer {
                 Ok(theirs) => {
@@ -265,6 +312,7 @@ impl Pipeline {
                 }
             }
         }
+        self.meter.skip();
         self.keep(scores, signature, disagree);
         if let Some(event) = event {
             self.advance(event);
@@ -278,9 +326,10 @@ impl Pipeline {
         let (codec, payload) = self.frame.payload();
         let meta = self.frame.meta;
         let model = self.live.as_ref().map(Runner::digest);
-        let (embedding, embedding_scale) = match (&mut self.live, scores) {
-            (Some(live), Some(_)) => live.quantised(),
-            _ => (&[][..], 0.0),
+        // Most frames are not kept: until one is, its embedding is as many zeros.
+        let dim = match (&self.live, scores) {
+            (Some(live), Some(_)) => live.sizes().1,
+            _ => 0,
         };
         let mut sample = Sample {
             seq: 0,
@@ -294,8 +343,8 @@ impl Pipeline {
             lane: Lane::Uniform,
             inclusion: 0.0,
             scores: scores.unwrap_or_default(),
-            embedding_scale,
-            embedding,
+            embedding_scale: 0.0,
+            embedding: &BLANK[..dim.min(BLANK.len())],
             // Sides beyond that do not fit a message as pixels, and files carry their own.
             width: u16::try_from(meta.width).unwrap_or(u16::MAX),
             height: u16::try_from(meta.height).unwrap_or(u16::MAX),
@@ -312,10 +361,15 @@ impl Pipeline {
             wanted: scores.map_or(0.0, |scores| scores.rarity),
             draw: rng.next_u32(),
         });
+        self.meter.end(Stage::Trigger);
         if let Some(flag) = flag {
             sample.lane = flag.lane;
             sample.inclusion = flag.inclusion;
+            if let Some(live) = self.live.as_mut().filter(|_| dim > 0) {
+                (sample.embedding, sample.embedding_scale) = live.quantised();
+            }
             let pushed = lock(&self.shared.spool).push(&mut sample, flag.value);
+            self.meter.end(Stage::Spool);
             if let Some(reason) = pushed.lost {
                 tracing::warn!(
                     seq = pushed.seq,
@@ -367,6 +421,7 @@ impl Pipeline {
                 digest: live.digest(),
                 sequence: live.sequence(),
             }),
+            engine: self.live.as_ref().map(Runner::engine),
         });
     }
 

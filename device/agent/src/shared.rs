@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use device_core::slot::Held;
+use device_engine::EngineKind;
 use tokio::sync::Notify;
 
 use crate::models::{Models, Runner};
@@ -31,6 +32,8 @@ pub struct Status {
     pub held: bool,
     /// The model that runs.
     pub live: Option<Held>,
+    /// What runs it.
+    pub engine: Option<EngineKind>,
 }
 
 /// The meeting point of the two threads.

@@ -1,5 +1,5 @@
-//! What the agent remembers in sled: the boot epoch, how far the source was read, counters, the
-//! slot record and the accounts of the spool.
+//! What the agent remembers: the boot epoch, the slot record and the accounts of the spool in sled,
+//! and how far the source was read in a file of its own ([`crate::position`]).
 //!
 //! sled keeps writes in the memory of the process until it is flushed, so `kill -9` loses what was
 //! not. Whatever later decisions rely on is therefore flushed by the function that writes it.
@@ -7,12 +7,16 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use device_core::slot::SlotRecord;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::position::{Position, PositionFile};
+use crate::shared::lock as lock_mutex;
+use crate::source::content_hash;
 use crate::spool::{Account, Ledger, LedgerError};
 use crate::wire;
 
@@ -70,11 +74,8 @@ pub struct Progress {
 }
 
 const EPOCH: &str = "boot epoch";
-const PROGRESS: &str = "progress";
-const BYTES_UP: &str = "bytes up";
 const SLOT: &str = "slot record";
 const FLOOR: &str = "model floor";
-const SOURCE: &str = "source";
 const ACCOUNTS: &str = "spool accounts";
 
 /// The agent's database and the lock on its data folder.
@@ -82,6 +83,10 @@ const ACCOUNTS: &str = "spool accounts";
 pub struct State {
     db: sled::Db,
     path: PathBuf,
+    position: Mutex<PositionFile>,
+    position_path: PathBuf,
+    /// What the position file said when it was opened.
+    last: Option<Position>,
     _lock: File,
 }
 
@@ -99,9 +104,18 @@ impl State {
                 path: path.clone(),
                 source,
             })?;
+        let position_path = data.join("position");
+        let (position, last) =
+            PositionFile::open(&position_path).map_err(|source| StateError::Io {
+                path: position_path.clone(),
+                source,
+            })?;
         Ok(Self {
             db,
             path,
+            position: Mutex::new(position),
+            position_path,
+            last,
             _lock: lock,
         })
     }
@@ -115,35 +129,40 @@ impl State {
         Ok(epoch)
     }
 
-    /// How far the source with this URI was read; from the start for another one.
-    pub fn progress(&self, source: &str) -> Result<Progress, StateError> {
-        let progress: Progress = self.get(PROGRESS)?.unwrap_or_default();
-        let last: Option<String> = self.get(SOURCE)?;
-        if last.as_deref() == Some(source) {
-            return Ok(progress);
+    /// How far the source with this URI had been read when the state was opened; from the start
+    /// for another one.
+    pub fn progress(&self, source: &str) -> Progress {
+        match self.last {
+            None => Progress::default(),
+            Some(last) if last.source == content_hash(source.as_bytes()) => last.progress,
+            Some(last) => Progress {
+                frame: 0,
+                ..last.progress
+            },
         }
-        Ok(Progress {
-            frame: 0,
-            ..progress
-        })
     }
 
-    /// Saves progress and the bytes sent so far; durable on return.
+    /// Saves progress and the bytes sent so far, without allocating; the death of the process
+    /// does not undo it, and a power cut not after [`State::flush`].
     pub fn save_progress(
         &self,
         source: &str,
         progress: &Progress,
         bytes_up: u64,
     ) -> Result<(), StateError> {
-        self.put(SOURCE, &source)?;
-        self.put(PROGRESS, progress)?;
-        self.put(BYTES_UP, &bytes_up)?;
-        self.flush()
+        let position = Position {
+            progress: *progress,
+            bytes_up,
+            source: content_hash(source.as_bytes()),
+        };
+        lock_mutex(&self.position)
+            .save(&position)
+            .map_err(|source| self.unsaved(source))
     }
 
-    /// Bytes of all messages sent, as of the last save.
-    pub fn bytes_up(&self) -> Result<u64, StateError> {
-        Ok(self.get(BYTES_UP)?.unwrap_or(0))
+    /// Bytes of all messages sent, as of the last save before the state was opened.
+    pub fn bytes_up(&self) -> u64 {
+        self.last.map_or(0, |last| last.bytes_up)
     }
 
     /// The stored slot record; the default one if there is none.
@@ -187,10 +206,20 @@ impl State {
 
     /// Makes everything written so far survive the process.
     pub fn flush(&self) -> Result<(), StateError> {
+        lock_mutex(&self.position)
+            .sync()
+            .map_err(|source| self.unsaved(source))?;
         self.db
             .flush()
             .map(|_| ())
             .map_err(|source| self.database(source))
+    }
+
+    fn unsaved(&self, source: io::Error) -> StateError {
+        StateError::Io {
+            path: self.position_path.clone(),
+            source,
+        }
     }
 
     fn get<T: DeserializeOwned>(&self, key: &'static str) -> Result<Option<T>, StateError> {
@@ -328,15 +357,18 @@ mod tests {
     fn progress_belongs_to_one_source_and_counters_to_the_device() {
         let folder = tempfile::tempdir().unwrap();
         let state = State::open(folder.path()).unwrap();
+        assert_eq!(state.progress("sim:roads"), Progress::default());
         let progress = Progress {
             frame: 640,
             bytes_seen: 9000,
             skipped: 2,
         };
         state.save_progress("sim:roads", &progress, 77).unwrap();
-        assert_eq!(state.progress("sim:roads").unwrap(), progress);
-        assert_eq!(state.bytes_up().unwrap(), 77);
-        let other = state.progress("dir:pictures").unwrap();
+        drop(state);
+        let state = State::open(folder.path()).unwrap();
+        assert_eq!(state.progress("sim:roads"), progress);
+        assert_eq!(state.bytes_up(), 77);
+        let other = state.progress("dir:pictures");
         assert_eq!((other.frame, other.bytes_seen), (0, 9000));
     }
 }

@@ -4,7 +4,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use flywheel_models::{ARCH, Frozen, NetConfig, Weights};
 use flywheel_shared::spec::{ClassOutput, Layout, ModelSpec, Task};
 
-use crate::engine::{EngineError, EngineKind, Output, Plan, check_buffers, copy_finite};
+use crate::engine::{EngineError, EngineKind, Output, Plan, check_output, copy_finite};
 
 /// burn's CPU backends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,6 +33,7 @@ pub struct BurnPlan {
     device: Device,
     net: Frozen,
     config: NetConfig,
+    input: Vec<f32>,
 }
 
 impl BurnPlan {
@@ -64,18 +65,19 @@ impl BurnPlan {
             backend,
             device,
             net,
+            input: vec![0.0; config.input_len()],
             config,
         })
     }
 
-    fn answer(&self, input: &[f32], output: &mut Output<'_>) -> Result<(), String> {
+    fn answer(&self, output: &mut Output<'_>) -> Result<(), String> {
         let shape = [
             1,
             self.config.channels,
             self.config.height,
             self.config.width,
         ];
-        let data = TensorData::new(input.to_vec(), shape);
+        let data = TensorData::new(self.input.clone(), shape);
         let (logits, embedding) = self.net.forward(Tensor::<4>::from_data(data, &self.device));
         for (what, tensor, slot) in [
             ("logits", logits, &mut *output.logits),
@@ -109,9 +111,13 @@ impl Plan for BurnPlan {
         self.config.embedding
     }
 
-    fn run(&mut self, input: &[f32], output: &mut Output<'_>) -> Result<(), EngineError> {
-        check_buffers(self, input, output)?;
-        self.answer(input, output).map_err(|why| EngineError::Run {
+    fn input_mut(&mut self) -> &mut [f32] {
+        &mut self.input
+    }
+
+    fn run_in_place(&mut self, output: &mut Output<'_>) -> Result<(), EngineError> {
+        check_output(self, output)?;
+        self.answer(output).map_err(|why| EngineError::Run {
             engine: self.kind().name(),
             why,
         })

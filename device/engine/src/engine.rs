@@ -151,7 +151,48 @@ pub trait Plan: Send {
     /// # Errors
     /// [`EngineError::Buffer`] for a wrong length, [`EngineError::Run`] if the engine fails or
     /// answers with a value that is not finite.
-    fn run(&mut self, input: &[f32], output: &mut Output<'_>) -> Result<(), EngineError>;
+    fn run(&mut self, input: &[f32], output: &mut Output<'_>) -> Result<(), EngineError> {
+        let (found, want) = (input.len(), self.input_len());
+        if found != want {
+            let what = "input";
+            return Err(EngineError::Buffer { what, found, want });
+        }
+        self.input_mut().copy_from_slice(input);
+        self.run_in_place(output)
+    }
+
+    /// The plan's own input tensor, [`Plan::input_len`] values, for [`crate::preprocess()`] to
+    /// write to. It holds what was written last, also after a run.
+    fn input_mut(&mut self) -> &mut [f32];
+
+    /// Runs what was written to [`Plan::input_mut`] since the last run.
+    ///
+    /// # Errors
+    /// As [`Plan::run`].
+    fn run_in_place(&mut self, output: &mut Output<'_>) -> Result<(), EngineError>;
+
+    /// What each operator costs, the dearest first, over `runs` runs of an input of zeros after as
+    /// many to warm up; empty if the engine cannot tell.
+    ///
+    /// # Errors
+    /// [`EngineError::Run`].
+    fn profile(&mut self, runs: u32) -> Result<Vec<OperatorCost>, EngineError> {
+        let _ = runs;
+        Ok(Vec::new())
+    }
+}
+
+/// What one operator of a plan costs.
+#[derive(Debug, Clone, PartialEq)]
+pub struct OperatorCost {
+    /// The node's name in the engine's graph.
+    pub node: String,
+    /// Its operator.
+    pub operator: String,
+    /// Shape of its first output.
+    pub shape: Vec<usize>,
+    /// Median time of a run, in nanoseconds.
+    pub nanos: u64,
 }
 
 /// Loads a model with an engine.
@@ -195,14 +236,9 @@ pub fn load(kind: EngineKind, model: &ModelBytes<'_>) -> Result<Box<dyn Plan>, E
         })
 }
 
-/// Checks the lengths of a caller's buffers.
-pub(crate) fn check_buffers(
-    plan: &dyn Plan,
-    input: &[f32],
-    output: &Output<'_>,
-) -> Result<(), EngineError> {
+/// Checks the lengths of a caller's output buffers.
+pub(crate) fn check_output(plan: &dyn Plan, output: &Output<'_>) -> Result<(), EngineError> {
     for (what, found, want) in [
-        ("input", input.len(), plan.input_len()),
         ("logits", output.logits.len(), plan.classes()),
         ("heads", output.heads.len(), plan.heads_len()),
         ("embedding", output.embedding.len(), plan.embedding_dim()),

@@ -5,6 +5,7 @@
 //! add a module that implements [`Plan`] and a variant of [`EngineKind`]; the parity test then
 //! covers it.
 
+pub mod bare;
 mod burn_plan;
 pub mod engine;
 pub mod frame;
@@ -12,9 +13,13 @@ pub mod import;
 pub mod inspect;
 pub mod package;
 pub mod preprocess;
+mod resample;
 mod tract_plan;
 
-pub use engine::{EngineError, EngineKind, ModelBytes, Output, Plan, UnknownEngine, load};
+pub use bare::{Bare, describe};
+pub use engine::{
+    EngineError, EngineKind, ModelBytes, OperatorCost, Output, Plan, UnknownEngine, load,
+};
 pub use frame::Frame;
 pub use preprocess::{InputError, preprocess};
 

@@ -7,6 +7,7 @@ use flywheel_shared::spec::{Colour, InputSpec, Layout, Scale};
 use thiserror::Error;
 
 use crate::Frame;
+use crate::resample::resample;
 
 /// Why a frame cannot be made into an input tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
@@ -63,37 +64,60 @@ pub enum InputError {
 pub fn preprocess(frame: &Frame<'_>, spec: &InputSpec, out: &mut [f32]) -> Result<(), InputError> {
     check(frame, spec, out.len())?;
     let (width, height) = (usize::from(spec.width), usize::from(spec.height));
-    let (from_w, from_h) = (frame.width as usize, frame.height as usize);
-    let same_size = from_w == width && from_h == height;
-    let channels = usize::from(spec.channels);
-    let plane = width * height;
-    let divisor = spec.scale.divisor();
-    let order = match spec.colour {
-        Colour::Rgb => [0, 1, 2],
-        Colour::Bgr => [2, 1, 0],
-    };
-    for y in 0..height {
-        let rows = Window::new(y, height, from_h);
-        for x in 0..width {
-            let pixel = if same_size {
-                read(frame, x, y)
-            } else {
-                filtered(frame, &Window::new(x, width, from_w), &rows)
-            };
-            let pixel = match (frame.channels, spec.channels) {
-                (3, 1) => [0.299 * pixel[0] + 0.587 * pixel[1] + 0.114 * pixel[2]; 3],
-                _ => pixel,
-            };
-            for (c, from) in order.into_iter().enumerate().take(channels) {
-                let at = match spec.layout {
-                    Layout::Nchw => c * plane + y * width + x,
-                    Layout::Nhwc => (y * width + x) * channels + c,
-                };
-                out[at] = (pixel[from] / divisor - spec.mean[c]) / spec.std[c];
-            }
+    if (frame.width as usize, frame.height as usize) != (width, height) {
+        resample(frame, width, height, |x, y, pixel| {
+            put(pixel, frame, spec, y * width + x, out);
+        });
+    } else if frame.channels <= spec.channels && spec.layout == Layout::Nchw {
+        copy(frame, spec, out);
+    } else {
+        let step = usize::from(frame.channels);
+        for (index, pixel) in frame.pixels.chunks_exact(step).enumerate() {
+            let pixel = [0, 1, 2].map(|c| f32::from(pixel[c.min(step - 1)]));
+            put(pixel, frame, spec, index, out);
         }
     }
     Ok(())
+}
+
+/// Where channel `c` of the tensor comes from.
+fn source(spec: &InputSpec, c: usize) -> usize {
+    match spec.colour {
+        Colour::Rgb => c,
+        Colour::Bgr => 2 - c,
+    }
+}
+
+/// Frame and tensor have the same sides, and the tensor's channels lie one after the other: one
+/// channel at a time, so that the compiler can use vector registers.
+fn copy(frame: &Frame<'_>, spec: &InputSpec, out: &mut [f32]) {
+    let plane = out.len() / usize::from(spec.channels);
+    let step = usize::from(frame.channels);
+    let divisor = spec.scale.divisor();
+    for (c, out) in out.chunks_exact_mut(plane).enumerate() {
+        let (mean, std) = (spec.mean[c], spec.std[c]);
+        let from = frame.pixels[source(spec, c).min(step - 1)..].iter();
+        for (value, &pixel) in out.iter_mut().zip(from.step_by(step)) {
+            *value = (f32::from(pixel) / divisor - mean) / std;
+        }
+    }
+}
+
+/// Normalises one pixel into its places in the tensor; `index` counts pixels.
+fn put(pixel: [f32; 3], frame: &Frame<'_>, spec: &InputSpec, index: usize, out: &mut [f32]) {
+    let channels = usize::from(spec.channels);
+    let plane = out.len() / channels;
+    let pixel = match (frame.channels, spec.channels) {
+        (3, 1) => [0.299 * pixel[0] + 0.587 * pixel[1] + 0.114 * pixel[2]; 3],
+        _ => pixel,
+    };
+    for c in 0..channels {
+        let at = match spec.layout {
+            Layout::Nchw => c * plane + index,
+            Layout::Nhwc => index * channels + c,
+        };
+        out[at] = (pixel[source(spec, c)] / spec.scale.divisor() - spec.mean[c]) / spec.std[c];
+    }
 }
 
 /// Writes `frame` at another size and number of channels to `out` (u8, HWC), by the filter of
@@ -170,64 +194,6 @@ fn check(frame: &Frame<'_>, spec: &InputSpec, out: usize) -> Result<(), InputErr
     Ok(())
 }
 
-/// The source pixels along one axis that make one target pixel.
-struct Window {
-    centre: f32,
-    support: f32,
-    first: usize,
-    last: usize,
-}
-
-impl Window {
-    fn new(target: usize, target_len: usize, source_len: usize) -> Self {
-        let scale = source_len as f32 / target_len as f32;
-        let support = scale.max(1.0);
-        // In pixel indices: pixel i has its centre at i.
-        let centre = (target as f32 + 0.5) * scale - 0.5;
-        let first = (centre - support).ceil().max(0.0) as usize;
-        let last = ((centre + support).floor().max(0.0) as usize).min(source_len - 1);
-        Self {
-            centre,
-            support,
-            first: first.min(last),
-            last,
-        }
-    }
-
-    /// Triangle filter; weights outside the image are absent, hence the division by their sum.
-    fn weight(&self, index: usize) -> f32 {
-        (1.0 - (index as f32 - self.centre).abs() / self.support).max(0.0)
-    }
-}
-
-fn filtered(frame: &Frame<'_>, columns: &Window, rows: &Window) -> [f32; 3] {
-    let mut sum = [0.0; 3];
-    let mut total = 0.0;
-    for y in rows.first..=rows.last {
-        let row_weight = rows.weight(y);
-        if row_weight == 0.0 {
-            continue;
-        }
-        for x in columns.first..=columns.last {
-            let weight = row_weight * columns.weight(x);
-            total += weight;
-            for (sum, value) in sum.iter_mut().zip(read(frame, x, y)) {
-                *sum += weight * value;
-            }
-        }
-    }
-    sum.map(|value| value / total)
-}
-
-/// One pixel; gray is repeated.
-fn read(frame: &Frame<'_>, x: usize, y: usize) -> [f32; 3] {
-    let index = y * frame.width as usize + x;
-    match frame.channels {
-        1 => [f32::from(frame.pixels[index]); 3],
-        _ => [0, 1, 2].map(|c| f32::from(frame.pixels[3 * index + c])),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -302,6 +268,37 @@ mod tests {
         let mut out = [0.0; 64];
         preprocess(&frame(&pixels, 64, 64, 1), &spec(8, 8, 1), &mut out).unwrap();
         assert!(out.iter().all(|v| (v - 0.5).abs() < 0.05), "{out:?}");
+    }
+
+    #[test]
+    fn equal_sides_take_the_short_way_to_the_same_values() {
+        let pixels: Vec<u8> = (0..5 * 4 * 3).map(|i| (i * 73 % 251) as u8).collect();
+        for (from, to) in [(1, 1), (1, 3), (3, 1), (3, 3)] {
+            for layout in [Layout::Nchw, Layout::Nhwc] {
+                for colour in [Colour::Rgb, Colour::Bgr] {
+                    let spec = InputSpec {
+                        mean: [0.45, 0.5, 0.4],
+                        std: [0.25, 0.2, 0.3],
+                        layout,
+                        colour,
+                        ..InputSpec::new(5, 4, to)
+                    };
+                    let frame = frame(&pixels[..5 * 4 * usize::from(from)], 5, 4, from);
+                    let mut short = vec![0.0; spec.len()];
+                    preprocess(&frame, &spec, &mut short).unwrap();
+                    let mut long = vec![0.0; spec.len()];
+                    resample(&frame, 5, 4, |x, y, pixel| {
+                        put(pixel, &frame, &spec, y * 5 + x, &mut long);
+                    });
+                    for (a, b) in short.iter().zip(&long) {
+                        assert!(
+                            (a - b).abs() < 1e-5,
+                            "{from} to {to}, {layout:?}, {colour:?}"
+                        );
+                    }
+                }
+            }
+        }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use device_engine::{
     ClassOutput, EngineError, EngineKind, Frame, InputSpec, ModelBytes, ModelSpec, Output, Plan,
-    Task, load, preprocess,
+    Task, describe, load, preprocess,
 };
 use flywheel_models::{ARCH, NetConfig, Role, Weights, export};
 
@@ -125,6 +125,49 @@ fn every_engine_gives_the_same_answers() {
         // Equal answers to everything would also agree between engines.
         assert!(distinct.windows(2).any(|pair| pair[0] != pair[1]));
     }
+}
+
+#[test]
+fn running_in_place_is_running() {
+    let package = package(3, 32);
+    let input: Vec<f32> = {
+        let mut random = Lcg(5);
+        (0..package.spec.input.len())
+            .map(|_| random.unit())
+            .collect()
+    };
+    for kind in EngineKind::ALL {
+        let mut plan = load(kind, &package.bytes()).unwrap();
+        let wanted = answer(&mut *plan, &input);
+        // Another input in between, so that nothing is left from the first run.
+        plan.input_mut().fill(0.5);
+        let mut logits = vec![0.0; plan.classes()];
+        let mut embedding = vec![0.0; plan.embedding_dim()];
+        let mut output = Output {
+            logits: &mut logits,
+            heads: &mut [],
+            embedding: &mut embedding,
+        };
+        plan.run_in_place(&mut output).unwrap();
+        assert!(plan.input_mut().iter().all(|value| *value == 0.5), "{kind}");
+        plan.input_mut().copy_from_slice(&input);
+        plan.run_in_place(&mut output).unwrap();
+        assert_eq!((logits, embedding), wanted, "{kind}");
+        // Profiling leaves the plan as it was.
+        let costs = plan.profile(3).unwrap();
+        assert_eq!(kind == EngineKind::Tract, !costs.is_empty());
+        assert_eq!(answer(&mut *plan, &input), wanted, "{kind}");
+    }
+}
+
+#[test]
+fn a_bare_onnx_file_says_what_it_takes_and_gives() {
+    let package = package(3, 64);
+    let bare = describe(&package.onnx).unwrap();
+    assert_eq!((bare.channels, bare.height, bare.width), (3, 64, 64));
+    assert_eq!((bare.classes, bare.embedding), (5, 64));
+    assert!(describe(&package.onnx[..100]).is_err());
+    assert!(describe(b"").is_err());
 }
 
 #[test]

@@ -90,7 +90,7 @@ pub struct DemoArgs {
     /// How samples are chosen.
     #[arg(long, value_enum, default_value_t = Select::Flywheel)]
     select: Select,
-    /// Inference engine of the devices: tract, burn-flex or burn-ndarray.
+    /// Inference engine of the devices: tract, burn-flex, burn-ndarray, or auto for the fastest.
     #[arg(long, default_value = "tract")]
     engine: String,
     /// Optimiser steps of each training run; chosen from the data if absent.
@@ -129,7 +129,7 @@ fn parse_rare(text: &str) -> Result<(String, f64), String> {
 /// If a station fails; the message names it and the log to read.
 pub fn run(args: DemoArgs) -> Result<ExitCode> {
     args.engine
-        .parse::<device_engine::EngineKind>()
+        .parse::<flywheel_agent::models::EngineChoice>()
         .map_err(|error| anyhow::anyhow!("--engine: {error}"))?;
     if !(args.budget > 0.0 && args.budget <= 100.0) {
         bail!("--budget is in percent of the bytes seen: above 0, at most 100");

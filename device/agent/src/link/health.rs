@@ -4,6 +4,7 @@
 use std::time::{Duration, Instant};
 
 use device_core::slot::Report;
+use device_engine::EngineKind;
 use flywheel_shared::ids::Digest;
 use flywheel_shared::message::{Health, SlotReport, Up};
 
@@ -113,7 +114,7 @@ impl Reporter {
             agent: env!("CARGO_PKG_VERSION"),
             hardware: &self.hardware,
             source: &self.source,
-            engine: self.engine,
+            engine: status.engine.map_or(self.engine, EngineKind::name),
             epoch: self.epoch,
             frame: status.progress.frame,
             bytes_seen: status.progress.bytes_seen,

@@ -5,6 +5,7 @@
 //! storage and hands the rest to its caller: [`crate::link`] fetches and proves, and
 //! [`crate::pipeline`] runs and swaps.
 
+mod choice;
 mod package;
 mod runner;
 
@@ -12,12 +13,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use device_core::slot::{Action, Event, Held, Report, Slot, SlotError, SlotRecord};
-use device_engine::EngineKind;
 use flywheel_shared::ids::{DeviceId, Digest};
 use flywheel_shared::message::{OfferMessage, SlotState};
 use flywheel_shared::trust::{Judge, TrialBounds, TrustRoot};
 use thiserror::Error;
 
+pub use choice::{EngineChoice, Trial, UnknownChoice, fastest};
 pub use package::{Fetching, Package, PackageError, Packages};
 pub use runner::{Runner, RunnerError};
 
@@ -66,14 +67,14 @@ impl LoadError {
 pub struct Loader {
     packages: Packages,
     trust: TrustRoot,
-    engine: EngineKind,
+    engine: EngineChoice,
 }
 
 impl Loader {
     /// Reads a package, checks every byte of it, and loads it with the engine.
     pub fn load(&self, digest: &Digest) -> Result<(Runner, Package), LoadError> {
         let package = self.packages.read(&self.trust, digest)?;
-        let runner = Runner::load(self.engine, &package)?;
+        let runner = self.engine.load(&package)?;
         Ok((runner, package))
     }
 
@@ -119,7 +120,7 @@ impl Models {
         data: &Path,
         state: Arc<State>,
         device: Device,
-        engine: EngineKind,
+        engine: EngineChoice,
     ) -> Result<(Self, Option<Runner>), ModelsError> {
         let packages = Packages::open(&data.join("models"))?;
         let loader = Loader {

@@ -64,6 +64,51 @@ pub struct Package {
 }
 
 impl Package {
+    /// A package of parts that nobody signed: to be measured, never to be installed. It is named
+    /// by the digest of its ONNX file, or of its record if it has none.
+    pub fn unsigned(parts: BTreeMap<PartKind, Vec<u8>>) -> Self {
+        let named = [PartKind::Onnx, PartKind::BurnRecord]
+            .into_iter()
+            .find_map(|kind| parts.get(&kind));
+        Self {
+            digest: Digest::of(named.map_or(&[], Vec::as_slice)),
+            sequence: 0,
+            trial: TrialBounds {
+                frames: 0,
+                max_latency_us: 0,
+                min_confidence: 0.0,
+            },
+            parts,
+        }
+    }
+
+    /// The parts that lie in a folder, such as one under a device's `models/`, unchecked; for
+    /// [`Package::unsigned`].
+    pub fn parts_in(folder: &Path) -> Result<BTreeMap<PartKind, Vec<u8>>, PackageError> {
+        let mut parts = BTreeMap::new();
+        for kind in PART_KINDS {
+            let path = folder.join(file_name(kind));
+            match fs::read(&path) {
+                Ok(bytes) => {
+                    parts.insert(kind, bytes);
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(at(&path)(error)),
+            }
+        }
+        Ok(parts)
+    }
+
+    /// Writes the parts to a folder, under the names that [`Package::parts_in`] reads.
+    pub fn write_parts(&self, folder: &Path) -> Result<(), PackageError> {
+        fs::create_dir_all(folder).map_err(at(folder))?;
+        for (kind, bytes) in &self.parts {
+            let path = folder.join(file_name(*kind));
+            fs::write(&path, bytes).map_err(at(&path))?;
+        }
+        Ok(())
+    }
+
     /// The bytes of a part; empty if the package has none of the kind.
     pub fn part(&self, kind: PartKind) -> &[u8] {
         self.parts.get(&kind).map_or(&[], Vec::as_slice)
@@ -329,6 +374,14 @@ fn checked<'m>(
         Err(TrustError::WrongManifest)
     }
 }
+
+const PART_KINDS: [PartKind; 5] = [
+    PartKind::Onnx,
+    PartKind::BurnRecord,
+    PartKind::Spec,
+    PartKind::Scores,
+    PartKind::Golden,
+];
 
 fn file_name(kind: PartKind) -> &'static str {
     match kind {

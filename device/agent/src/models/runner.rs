@@ -1,4 +1,5 @@
-//! A model in memory: engine, score parameters and every buffer that a frame needs, allocated once.
+//! A model in memory: engine, score parameters and every buffer that a frame needs, allocated once. The
+//! input tensor is the engine's own, so that preprocessing is the only pass over the pixels.
 
 use device_core::anomaly;
 use device_core::detect::{self, CANDIDATES, DetectError, Detection};
@@ -6,8 +7,8 @@ use device_core::params::{Params, ParamsError, Shape};
 use device_core::score::{ScoreError, quantise, score};
 use device_core::sketch::signature;
 use device_engine::{
-    EngineError, EngineKind, Frame, InputError, InputSpec, ModelBytes, ModelSpec, Output, Plan,
-    load, preprocess,
+    EngineError, EngineKind, Frame, InputError, InputSpec, ModelBytes, ModelSpec, OperatorCost,
+    Output, Plan, load, preprocess,
 };
 use flywheel_shared::ids::Digest;
 use flywheel_shared::message::Scores;
@@ -16,6 +17,7 @@ use flywheel_shared::trust::PartKind;
 use thiserror::Error;
 
 use super::package::Package;
+use crate::meter::{Meter, Stage};
 
 /// Why a model cannot be loaded or does not answer.
 #[derive(Debug, Error)]
@@ -87,7 +89,6 @@ pub struct Runner {
     plan: Box<dyn Plan>,
     shape: Shape,
     params: Vec<f32>,
-    input: Vec<f32>,
     logits: Vec<f32>,
     heads: Vec<f32>,
     embedding: Vec<f32>,
@@ -149,7 +150,6 @@ impl Runner {
             labels: spec.labels().map(str::to_owned).collect(),
             spec: spec.input,
             task: spec.task,
-            input: vec![0.0; plan.input_len()],
             logits: vec![0.0; plan.classes()],
             heads: vec![0.0; plan.heads_len()],
             class_scores: vec![0.0; classes],
@@ -182,9 +182,36 @@ impl Runner {
             .map_or("", String::as_str)
     }
 
-    /// Runs one frame and scores the answer.
-    pub fn infer(&mut self, frame: &Frame<'_>) -> Result<Scores, RunnerError> {
-        self.run(frame)?;
+    /// The engine that runs it.
+    pub fn engine(&self) -> EngineKind {
+        self.plan.kind()
+    }
+
+    /// Classes, and values of the embedding.
+    pub fn sizes(&self) -> (usize, usize) {
+        (self.logits.len(), self.embedding.len())
+    }
+
+    /// What each operator costs; see [`Plan::profile`].
+    pub fn profile(&mut self, runs: u32) -> Result<Vec<OperatorCost>, RunnerError> {
+        self.plan
+            .profile(runs)
+            .map_err(|source| RunnerError::Engine {
+                model: self.digest,
+                source,
+            })
+    }
+
+    /// Runs one frame and scores the answer; `meter` is told what each stage takes.
+    pub fn infer(&mut self, frame: &Frame<'_>, meter: &mut Meter) -> Result<Scores, RunnerError> {
+        self.run(frame, meter)?;
+        let scores = self.score((frame.width, frame.height));
+        meter.end(Stage::Score);
+        scores
+    }
+
+    /// `sides` are the frame's, columns and rows.
+    fn score(&mut self, sides: (u32, u32)) -> Result<Scores, RunnerError> {
         let model = self.digest;
         let scored = |source| RunnerError::Score { model, source };
         let params = Params::view(self.shape, &self.params).map_err(|error| RunnerError::Part {
@@ -201,7 +228,7 @@ impl Runner {
                     &self.spec,
                     self.class_scores.len(),
                     &self.heads,
-                    (frame.width, frame.height),
+                    sides,
                     &mut self.candidates,
                 )
                 .map_err(|source| RunnerError::Detect { model, source })?;
@@ -217,7 +244,7 @@ impl Runner {
             }
             Task::Anomaly(AnomalyOutput::Score) => anomaly::score(self.heads[0], &params),
             Task::Anomaly(AnomalyOutput::Reconstruction) => anomaly::score(
-                anomaly::reconstruction_error(&self.input, &self.heads),
+                anomaly::reconstruction_error(self.plan.input_mut(), &self.heads),
                 &params,
             ),
             Task::Embed => score(&self.class_scores, embedding, &params, &mut self.scratch),
@@ -230,21 +257,22 @@ impl Runner {
         &self.candidates[..self.detected]
     }
 
-    fn run(&mut self, frame: &Frame<'_>) -> Result<(), RunnerError> {
-        preprocess(frame, &self.spec, &mut self.input)?;
+    fn run(&mut self, frame: &Frame<'_>, meter: &mut Meter) -> Result<(), RunnerError> {
+        // Straight into the engine's tensor.
+        preprocess(frame, &self.spec, self.plan.input_mut())?;
+        meter.end(Stage::Preprocess);
         self.plan
-            .run(
-                &self.input,
-                &mut Output {
-                    logits: &mut self.logits,
-                    heads: &mut self.heads,
-                    embedding: &mut self.embedding,
-                },
-            )
+            .run_in_place(&mut Output {
+                logits: &mut self.logits,
+                heads: &mut self.heads,
+                embedding: &mut self.embedding,
+            })
             .map_err(|source| RunnerError::Engine {
                 model: self.digest,
                 source,
-            })
+            })?;
+        meter.end(Stage::Infer);
+        Ok(())
     }
 
     /// What the embedding of the last frame looks like, roughly; `None` without an embedding.
@@ -286,6 +314,7 @@ impl Runner {
         if answered == 0 {
             return Err(wrong("belongs to a model without outputs".to_owned()));
         }
+        let mut meter = Meter::new();
         let count = golden.frames.len().checked_div(golden.frame_len());
         let Some(count) = count.filter(|count| *count > 0) else {
             return Err(wrong("holds no frame".to_owned()));
@@ -306,12 +335,13 @@ impl Runner {
             .zip(answers)
             .enumerate()
         {
-            self.run(&Frame {
+            let frame = Frame {
                 pixels,
                 width: u32::from(golden.width),
                 height: u32::from(golden.height),
                 channels: golden.channels,
-            })?;
+            };
+            self.run(&frame, &mut meter)?;
             for (logit, (found, bytes)) in
                 self.answer().iter().zip(answer.chunks_exact(4)).enumerate()
             {

@@ -83,7 +83,7 @@ pub(super) fn held_out(content: u64) -> bool {
 }
 
 /// A 64-bit hash of a picture's bytes: FNV-1a. It sorts pictures into portions and guards nothing.
-pub(super) fn content_hash(bytes: &[u8]) -> u64 {
+pub(crate) fn content_hash(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
     })

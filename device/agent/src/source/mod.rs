@@ -17,6 +17,7 @@ mod idx;
 mod query;
 mod roads;
 
+pub(crate) use draw::content_hash;
 pub use error::SourceError;
 
 use flywheel_shared::message::Codec;

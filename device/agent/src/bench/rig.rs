@@ -1,0 +1,87 @@
+//! The frame loop of production on a data folder of its own that is deleted afterwards: same
+//! source, spool, state and trigger, only no link to a cloud.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use anyhow::{Context, Result};
+use device_core::pace::Pace;
+use flywheel_shared::trust::TrustRoot;
+
+use crate::agent;
+use crate::config::Config;
+use crate::models::{Device, Runner};
+use crate::pipeline::Pipeline;
+use crate::shared::Shared;
+use crate::source;
+use crate::state::State;
+
+/// A frame loop to be measured.
+pub struct Rig {
+    /// The loop.
+    pub pipeline: Pipeline,
+    /// What it shares with the link, which is absent here.
+    pub shared: Arc<Shared>,
+    /// Frames of the source; `None` if it is endless.
+    pub frames: Option<u64>,
+    _folder: Scratch,
+}
+
+impl Rig {
+    /// Puts a loop together that takes frames of `source` as fast as it can, or `fps` a second.
+    ///
+    /// # Errors
+    /// If the source or the folder of temporary files cannot be used.
+    pub fn new(runner: Runner, source: &str, fps: Option<f32>) -> Result<Self> {
+        let folder = Scratch::new()?;
+        let text = toml::to_string(&toml::Table::from_iter([
+            ("data".to_owned(), folder.0.display().to_string().into()),
+            ("source".to_owned(), source.into()),
+        ]))?;
+        let config = Config::parse(Path::new("bench"), &text)?;
+        let pace = fps.map_or(Pace::Max, Pace::Fps);
+        let frames = source::open(source)?;
+        let state = Arc::new(State::open(&folder.0)?);
+        let device = Device {
+            id: "bench".parse()?,
+            hardware: config.hardware.clone(),
+            // Nothing is verified here, and no key is all zeros.
+            trust: TrustRoot {
+                version: 0,
+                root: [0; 32],
+                release: [0; 32],
+                rollout: [0; 32],
+            },
+        };
+        let (shared, _, _) = agent::open(&config, device, &state)?;
+        Ok(Self {
+            frames: frames.len(),
+            pipeline: Pipeline::new(&config, pace, frames, Some(runner), Arc::clone(&shared))?,
+            shared,
+            _folder: folder,
+        })
+    }
+}
+
+/// A folder that goes when it is dropped.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Result<Self> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("flywheel-bench-{}-{number}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        fs::create_dir(&path).with_context(|| format!("{}: cannot make it", path.display()))?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // What stays lies among other temporary files.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
