@@ -343,7 +343,7 @@ impl Trigger {
         &mut self,
         frame: &Observation<'_>,
         scores: &Scores,
-        damping: f32,
+        damping: Damping,
         cost: Amount,
     ) -> Option<(usize, f32)> {
         let warm = self.scored >= self.config.warmup;
@@ -365,7 +365,16 @@ impl Trigger {
             };
             // A score that is no number is not evidence of anything.
             let u = if u.is_finite() { u } else { 0.0 };
-            let damped = u * damping * (1.0 - TIE * lot);
+            let damped = match account.lane {
+                // What the cloud asks for already weighs how much of a class it has; damping by
+                // class would send it what looks like nothing it asked for.
+                Lane::Campaign => u * damping.repeat,
+                // On u itself damping would undo the score: the class that the model gives to what
+                // it does not know means little, and u tells one in a hundred from one in a
+                // thousand by 0.009. So what was sent makes p = 1 − u larger instead.
+                Lane::Novel => (1.0 - (1.0 - u) / damping.kind).max(0.0) * damping.repeat,
+                _ => u * damping.repeat * damping.kind,
+            } * (1.0 - TIE * lot);
             let fullness = account.purse.level().over(account.purse.capacity());
             let rate = account.earning
                 * self.config.budget_ratio
@@ -384,7 +393,7 @@ impl Trigger {
     }
 
     /// What u is multiplied by, 0 to 1, for a frame of this kind.
-    fn damping(&self, kind: Kind) -> f32 {
+    fn damping(&self, kind: Kind) -> Damping {
         let rarity =
             |key: u64, power: f32| libm::powf(1.0 + f32::from(self.sent.count(key)), -power);
         let looks_like = |sent: &(u16, u64)| {
@@ -395,9 +404,11 @@ impl Trigger {
         } else {
             1.0
         };
-        repeat
-            * rarity(kind.cell_key(), self.config.cell_damping)
-            * rarity(kind.class_key(), self.config.class_damping)
+        Damping {
+            repeat,
+            kind: rarity(kind.cell_key(), self.config.cell_damping)
+                * rarity(kind.class_key(), self.config.class_damping),
+        }
     }
 
     /// Counts a flagged frame.
@@ -409,6 +420,15 @@ impl Trigger {
             self.ring_at = (self.ring_at + 1) % RING;
         }
     }
+}
+
+/// Factors of u, 0 to 1.
+#[derive(Clone, Copy)]
+struct Damping {
+    /// For looking like one of the last flagged frames.
+    repeat: f32,
+    /// For how much of its class and cell was sent.
+    kind: f32,
 }
 
 /// What repeats are told by.
