@@ -511,7 +511,7 @@ fn narrow(to: &mut [f32], from: &[f64]) {
 }
 
 /// The quantiles of `scores` (at least one) at [`knot_level`], linear between ranks.
-fn knots(scores: &[f32], table: &mut [f32]) {
+pub fn knots(scores: &[f32], table: &mut [f32]) {
     let mut scores = scores.to_vec();
     scores.sort_unstable_by(f32::total_cmp);
     let (m, last) = (table.len(), scores.len() - 1);

@@ -27,7 +27,7 @@ use crate::wire;
 /// Frames between two saves of the position in the source.
 const SAVE_EVERY: u64 = 64;
 /// Bytes of batch header, signature and envelope that fall to one sample.
-const BATCH_SHARE: usize = 10;
+pub const BATCH_SHARE: usize = 10;
 /// Frames in a row that may fail before the source is given up.
 const MAX_FAILURES: u32 = 100;
 /// How many errors of one kind are logged in full before only every thousandth is.

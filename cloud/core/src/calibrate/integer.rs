@@ -2,7 +2,7 @@
 
 use device_core::score::integer::{ABSENT, FRACTION, GAIN, MAX_SHIFT, MEAN};
 
-use super::{Gaussians, times_triangle};
+use super::Gaussians;
 
 /// Models beyond these sizes are not for machines that lack a floating-point unit.
 const MOST_CLASSES: usize = 128;
@@ -147,6 +147,7 @@ fn eigen(mut a: Vec<f64>, d: usize) -> (Vec<f64>, Vec<f64>) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::times_triangle;
     use super::*;
 
     #[test]
