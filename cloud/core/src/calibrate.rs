@@ -7,10 +7,14 @@
 //! was trained on. All sums are in f64 and in a fixed order: the same input gives the same bytes.
 
 use device_core::params::{Params, ParamsError, Shape};
-use device_core::score::{ScoreError, knot_level, normalise, score};
+use device_core::score::boundary::pair;
+use device_core::score::neighbour::nearest_prototype;
+use device_core::score::{ScoreError, fused, knot_level, normalise, score};
 use thiserror::Error;
 
+mod integer;
 mod neutral;
+mod prototypes;
 
 pub use neutral::neutral;
 
@@ -48,6 +52,9 @@ pub struct FitInput<'a> {
     pub held_embeddings: &'a [f32],
     /// m labels.
     pub held_labels: &'a [u32],
+    /// K × d weights of the head that makes logits from the embedding, where it is known: what the
+    /// distance to decision boundaries needs.
+    pub head: Option<&'a [f32]>,
     /// Weight of the ridge in both covariances, 0 to 1; `None` takes Ledoit and Wolf's, but at
     /// least [`SHRINKAGE`].
     pub shrinkage: Option<f64>,
@@ -121,6 +128,9 @@ pub enum FitError {
 ///   the *same* ridge λI, so that what they share cancels exactly in the relative distance. λ = ρμ/(1−ρ) with μ the mean variance within
 ///   classes and ρ the given shrinkage or that of Ledoit & Wolf (2004, "A well-conditioned
 ///   estimator for large-dimensional covariance matrices", section 3.3), if above [`SHRINKAGE`].
+/// - Prototypes: k-means centres of each class ([`prototypes`]); the table of `fused` then makes
+///   `u_novel` out of the distances to whole classes and to the nearest prototype.
+/// - The integer form of the relative Mahalanobis distance ([`integer`]), for small models.
 /// - A class with fewer than 3 training items has its mean drawn to the centre, as if one more
 ///   item lay there; a class without items has no mean and takes no part in the distance.
 ///
@@ -129,10 +139,20 @@ pub enum FitError {
 pub fn fit(input: FitInput<'_>) -> Result<Vec<u8>, FitError> {
     check(&input)?;
     let wide = |size: usize| u16::try_from(size).unwrap_or(u16::MAX);
+    let (k, d) = (input.classes, input.dim);
+    let gaussians = match d {
+        0 => None,
+        _ => Some(Gaussians::fit(&input)?),
+    };
+    let centres = prototypes::fit(input.embeddings, input.labels, k, d);
+    let directions = gaussians
+        .as_ref()
+        .and_then(|gaussians| integer::fit(gaussians, k, d));
     let shape = Shape {
-        classes: wide(input.classes),
-        dim: wide(input.dim),
-        table: TABLE,
+        head: d > 0 && input.head.is_some(),
+        prototypes: wide(centres.len().checked_div(d).unwrap_or(0)),
+        rank: directions.as_ref().map_or(0, |form| wide(form.rank)),
+        ..Shape::plain(wide(k), wide(d), TABLE)
     }
     .check()?;
     let layout = shape.layout();
@@ -142,8 +162,7 @@ pub fn fit(input: FitInput<'_>) -> Result<Vec<u8>, FitError> {
     for &label in input.labels {
         values[layout.counts.start + label as usize] += 1.0;
     }
-    if input.dim > 0 {
-        let gaussians = Gaussians::fit(&input)?;
+    if let Some(gaussians) = &gaussians {
         narrow(&mut values[layout.centre.clone()], &gaussians.centre);
         narrow(&mut values[layout.within.clone()], &gaussians.within);
         narrow(
@@ -152,23 +171,61 @@ pub fn fit(input: FitInput<'_>) -> Result<Vec<u8>, FitError> {
         );
         narrow(&mut values[layout.means.clone()], &gaussians.means);
     }
+    if let (true, Some(head)) = (shape.head, input.head) {
+        let n = input.labels.len() as f64;
+        for (j, mean) in values[layout.head_mean.clone()].iter_mut().enumerate() {
+            let column = input.embeddings.iter().skip(j).step_by(d);
+            *mean = (column.map(|&x| f64::from(x)).sum::<f64>() / n) as f32;
+        }
+        inverse_distances(head, d, &mut values[layout.head_inverse.clone()]);
+    }
+    values[layout.prototypes.clone()].copy_from_slice(&centres);
 
     // With tables of zeros the scores come out right and only u does not; u is not used here.
     let params = Params::checked(shape, &values)?;
     let mut scratch = vec![0.0; shape.scratch()];
-    let (mut unsure, mut novel) = (Vec::new(), Vec::new());
-    for (i, logits) in input.held_logits.chunks_exact(input.classes).enumerate() {
-        let embedding = &input.held_embeddings[i * input.dim..(i + 1) * input.dim];
+    let (mut unsure, mut novel, mut near) = (Vec::new(), Vec::new(), Vec::new());
+    for (i, logits) in input.held_logits.chunks_exact(k).enumerate() {
+        let embedding = &input.held_embeddings[i * d..(i + 1) * d];
         let scores = score(logits, embedding, &params, &mut scratch)?;
         unsure.push(-scores.margin);
         novel.push(scores.novelty);
+        near.extend(nearest_prototype(embedding, &params, &mut scratch));
     }
-    knots(&mut unsure, &mut values[layout.unsure]);
-    knots(&mut novel, &mut values[layout.novel]);
+    knots(&unsure, &mut values[layout.unsure]);
+    knots(&novel, &mut values[layout.novel.clone()]);
+    if shape.prototypes > 0 {
+        knots(&near, &mut values[layout.near.clone()]);
+        let params = Params::checked(shape, &values)?;
+        let both: Vec<f32> = novel
+            .iter()
+            .zip(&near)
+            .map(|(&novel, &near)| fused(novel, near, &params))
+            .collect();
+        knots(&both, &mut values[layout.fused.clone()]);
+    }
 
-    let mut bytes = vec![0u8; shape.encoded_len()];
+    let mut bytes = vec![0u8; shape.front_len()];
     Params::checked(shape, &values)?.encode(&mut bytes)?;
+    if let Some(directions) = directions {
+        bytes.extend(directions.bytes);
+    }
     Ok(bytes)
+}
+
+/// 1/‖wₐ − w_b‖ of each pair of rows of `head` (K × d), 0 for equal ones.
+fn inverse_distances(head: &[f32], d: usize, out: &mut [f32]) {
+    for (a, upper) in head.chunks_exact(d).enumerate() {
+        for (b, lower) in head.chunks_exact(d).enumerate().take(a) {
+            let apart = |(x, y): (&f32, &f32)| (f64::from(*x) - f64::from(*y)).powi(2);
+            let square: f64 = upper.iter().zip(lower).map(apart).sum();
+            out[pair(a, b)] = if square > 0.0 {
+                (1.0 / square.sqrt()).min(f64::from(f32::MAX)) as f32
+            } else {
+                0.0
+            };
+        }
+    }
 }
 
 fn check(input: &FitInput<'_>) -> Result<(), FitError> {
@@ -188,6 +245,11 @@ fn check(input: &FitInput<'_>) -> Result<(), FitError> {
         ("embeddings", input.embeddings, n * input.dim),
         ("held_logits", input.held_logits, m * input.classes),
         ("held_embeddings", input.held_embeddings, m * input.dim),
+        (
+            "head",
+            input.head.unwrap_or_default(),
+            input.head.map_or(0, |_| input.classes * input.dim),
+        ),
     ] {
         if values.len() != expected {
             return Err(FitError::Length {
@@ -258,6 +320,10 @@ struct Gaussians {
     within: Vec<f64>,
     background: Vec<f64>,
     means: Vec<f64>,
+    /// Whitened class means as the background knows them: not drawn to the centre.
+    plain_means: Vec<f64>,
+    /// Which classes have items.
+    present: Vec<bool>,
 }
 
 impl Gaussians {
@@ -311,6 +377,7 @@ impl Gaussians {
             .zip(&within)
             .map(|(between, within)| within + spread * between)
             .collect();
+        let plain = means.clone();
         for (at, mean) in means.iter_mut().enumerate() {
             let count = counts[at / d];
             if count < FEW {
@@ -325,21 +392,32 @@ impl Gaussians {
         }
         let within = whitening(&within, d).ok_or(FitError::Covariance)?;
         let background = whitening(&background, d).ok_or(FitError::Covariance)?;
-        let mut white = Vec::with_capacity(k * d);
-        for mean in means.chunks_exact(d) {
-            for i in 0..d {
-                let row = i * (i + 1) / 2;
-                let product = within[row..=row + i].iter().zip(mean).map(|(w, m)| w * m);
-                white.push(product.sum::<f64>());
-            }
-        }
+        let whitened = |means: &[f64]| -> Vec<f64> {
+            means
+                .chunks_exact(d)
+                .flat_map(|mean| times_triangle(&within, mean))
+                .collect()
+        };
         Ok(Self {
+            means: whitened(&means),
+            plain_means: whitened(&plain),
+            present: counts.iter().map(|&count| count > 0.0).collect(),
             centre,
             within,
             background,
-            means: white,
         })
     }
+}
+
+/// L·x with L a lower triangle by rows.
+fn times_triangle(triangle: &[f64], x: &[f64]) -> Vec<f64> {
+    (0..x.len())
+        .map(|i| {
+            let row = i * (i + 1) / 2;
+            let products = triangle[row..=row + i].iter().zip(x).map(|(l, x)| l * x);
+            products.sum()
+        })
+        .collect()
 }
 
 /// 1/n Σ x xᵀ over the rows of `rows` (n × d), d × d.
@@ -436,7 +514,8 @@ fn narrow(to: &mut [f32], from: &[f64]) {
 }
 
 /// The quantiles of `scores` (at least one) at [`knot_level`], linear between ranks.
-fn knots(scores: &mut [f32], table: &mut [f32]) {
+pub fn knots(scores: &[f32], table: &mut [f32]) {
+    let mut scores = scores.to_vec();
     scores.sort_unstable_by(f32::total_cmp);
     let (m, last) = (table.len(), scores.len() - 1);
     for (i, knot) in table.iter_mut().enumerate() {

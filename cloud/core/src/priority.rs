@@ -7,7 +7,7 @@
 //! (rare classes), and spreads the picks over embedding space, away from what is labelled already.
 
 mod flywheel;
-mod geometry;
+pub(crate) mod geometry;
 mod limits;
 #[cfg(test)]
 mod tests;

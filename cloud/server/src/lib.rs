@@ -6,6 +6,7 @@
 //! `cloud-core`; here is what owns sockets, files, clocks and threads.
 
 pub mod api;
+pub mod bench;
 pub mod cli;
 pub mod client;
 pub mod cloud;

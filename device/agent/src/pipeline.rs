@@ -29,7 +29,7 @@ use crate::wire;
 /// Frames between two saves of the position in the source.
 const SAVE_EVERY: u64 = 64;
 /// Bytes of batch header, signature and envelope that fall to one sample.
-const BATCH_SHARE: usize = 10;
+pub const BATCH_SHARE: usize = 10;
 /// As many zeros as the longest embedding has values.
 static BLANK: [u8; MAX_SIDE as usize] = [0; MAX_SIDE as usize];
 /// Frames in a row that may fail before the source is given up.

@@ -227,11 +227,7 @@ fn release(sequence: u64) -> Release {
 
 /// Score parameters that know nothing: T = 1, one item a class, empty tables.
 fn scores() -> Vec<u8> {
-    let shape = Shape {
-        classes: 3,
-        dim: 64,
-        table: 2,
-    };
+    let shape = Shape::plain(3, 64, 2);
     let layout = shape.layout();
     let mut values = vec![0.0; shape.values()];
     values[layout.temperature] = 1.0;

@@ -10,6 +10,15 @@ use flywheel_shared::message::Scores;
 
 use crate::params::Params;
 
+pub mod boundary;
+pub mod integer;
+pub mod mahalanobis;
+pub mod neighbour;
+mod vector;
+
+pub use vector::normalise;
+use vector::saturate;
+
 /// Why an answer can't be scored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ScoreError {
@@ -70,7 +79,9 @@ impl core::error::Error for ScoreError {}
 ///   distance to the mean of class k under the shared covariance, MD₀ that to the background,
 ///   both of the embedding at unit length ([`normalise`]); for a model without embedding it is
 ///   `energy`.
-/// - `u_unsure`, `u_novel`: [`conformal`] of −margin and of novelty.
+/// - `u_unsure`: [`conformal`] of −margin.
+/// - `u_novel`: [`conformal`] of novelty, and where the parameters hold prototypes of
+///   [`fused`], which takes the distance to the nearest of them into account.
 /// - `rarity` = Σ pₖ·max(0, 1 − nₖ/n̄), nₖ the training items of class k and n̄ their mean over the
 ///   classes that have any: the expected need for a label.
 ///
@@ -132,13 +143,21 @@ pub fn score(
     let margin = (1.0 - second) / sum;
     let energy = saturate(-(max + t * log_sum));
     let layout = shape.layout();
-    let novelty = if dim == 0 {
-        energy
+    let (novelty, near) = if dim == 0 {
+        (energy, None)
     } else {
-        relative_mahalanobis(embedding, params, scratch)
+        let (unit, white) = scratch.split_at_mut(dim);
+        normalise(embedding, unit);
+        let near = neighbour::nearest(unit, params);
+        let novelty = mahalanobis::of_unit(unit, &mut white[..dim], params);
+        (novelty, near)
     };
     let n = params.calibrated();
     let values = params.values();
+    let u_novel = match near {
+        Some(near) => conformal(&values[layout.fused], n, fused(novelty, near, params)),
+        None => conformal(&values[layout.novel], n, novelty),
+    };
     Ok(Scores {
         top1: top1 as u16,
         top2: top2 as u16,
@@ -148,7 +167,7 @@ pub fn score(
         energy,
         novelty,
         u_unsure: conformal(&values[layout.unsure], n, -margin),
-        u_novel: conformal(&values[layout.novel], n, novelty),
+        u_novel,
         rarity: rarity(logits, t, max, sum, params.counts()),
     })
 }
@@ -223,6 +242,27 @@ pub fn conformal(table: &[f32], n: f32, score: f32) -> f32 {
     (from + part * (to - from)) * top
 }
 
+/// −ln p₁ − ln p₂ with p₁ the conformal p-value of `novelty` and p₂ that of `near`, the distance
+/// to the nearest prototype: Fisher's combination of two tests (Statistical Methods for Research
+/// Workers, 1925, section 21.1).
+///
+/// The two are not independent, so it is no χ² variable; [`conformal`] through a table of its own
+/// brings it to the common scale. One asks how far the frame lies from whole classes, the other
+/// how far from any place where training items lie: each is blind to what the other sees.
+/// `near` counts only where the parameters hold prototypes.
+pub fn fused(novelty: f32, near: f32, params: &Params<'_>) -> f32 {
+    let (layout, values, n) = (
+        params.shape().layout(),
+        params.values(),
+        params.calibrated(),
+    );
+    let surprise = |table: &[f32], score: f32| {
+        // 2⁻²⁴ is the resolution of u just below 1.
+        -libm::logf((1.0 - conformal(table, n, score)).max(5.960_464_5e-8))
+    };
+    surprise(&values[layout.novel], novelty) + surprise(&values[layout.near], near)
+}
+
 /// Symmetric quantisation to i8: `value ≈ scale × i8` with scale = max|value| / 127.
 ///
 /// Writes as many values as both slices hold. Values that are not finite count as 0; an embedding
@@ -256,109 +296,6 @@ fn top_two(logits: &[f32]) -> (usize, usize) {
         }
     }
     (top1, top2.unwrap_or(top1))
-}
-
-/// Scales `embedding` to Euclidean length 1 into the front of `out` (at least as long); zeros stay
-/// zeros.
-///
-/// Its length follows contrast and weather rather than what is seen; without it Mahalanobis
-/// distances tell the unknown apart better (Müller & Hein 2025, 2505.18032).
-pub fn normalise(embedding: &[f32], out: &mut [f32]) {
-    let largest = embedding.iter().fold(0.0f32, |max, z| max.max(z.abs()));
-    if largest == 0.0 {
-        out[..embedding.len()].fill(0.0);
-        return;
-    }
-    // By the largest value first, so that no square overflows or vanishes.
-    let mut square = 0.0;
-    for (place, &z) in out.iter_mut().zip(embedding) {
-        *place = z / largest;
-        square += *place * *place;
-    }
-    let scale = 1.0 / libm::sqrtf(square);
-    for place in &mut out[..embedding.len()] {
-        *place *= scale;
-    }
-}
-
-/// minₖ |W(x−c) − mₖ|² − |W₀(x−c)|² with x the embedding at unit length. `scratch` holds x−c and
-/// W(x−c).
-fn relative_mahalanobis(embedding: &[f32], params: &Params<'_>, scratch: &mut [f32]) -> f32 {
-    let dim = embedding.len();
-    let layout = params.shape().layout();
-    let values = params.values();
-    let (centred, rest) = scratch.split_at_mut(dim);
-    let white = &mut rest[..dim];
-    normalise(embedding, centred);
-    for (c, &mean) in centred.iter_mut().zip(params.centre()) {
-        *c -= mean;
-    }
-    let mut row = 0;
-    let within = &values[layout.within];
-    for (i, y) in white.iter_mut().enumerate() {
-        *y = dot(&within[row..=row + i], &centred[..=i]);
-        row += i + 1;
-    }
-    let mut nearest = f32::INFINITY;
-    for (mean, &count) in values[layout.means].chunks_exact(dim).zip(params.counts()) {
-        if count > 0.0 {
-            nearest = nearest.min(square_distance(white, mean));
-        }
-    }
-    let (mut row, mut background) = (0, 0.0f32);
-    let whitening = &values[layout.background];
-    for i in 0..dim {
-        let y = dot(&whitening[row..=row + i], &centred[..=i]);
-        background += y * y;
-        row += i + 1;
-    }
-    saturate(nearest - background)
-}
-
-/// Makes an overflow the largest finite value of its sign, and NaN the largest of all.
-fn saturate(value: f32) -> f32 {
-    if value.is_nan() {
-        f32::MAX
-    } else {
-        value.clamp(f32::MIN, f32::MAX)
-    }
-}
-
-// Eight running sums let the compiler use vector registers; the order of additions stays fixed.
-const LANES: usize = 8;
-
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut sums = [0.0f32; LANES];
-    let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let tail: f32 = a_chunks
-        .remainder()
-        .iter()
-        .zip(b_chunks.remainder())
-        .map(|(x, y)| x * y)
-        .sum();
-    for (x, y) in a_chunks.zip(b_chunks) {
-        for ((sum, x), y) in sums.iter_mut().zip(x).zip(y) {
-            *sum += x * y;
-        }
-    }
-    sums.iter().sum::<f32>() + tail
-}
-
-fn square_distance(a: &[f32], b: &[f32]) -> f32 {
-    let mut sums = [0.0f32; LANES];
-    let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let tail: f32 = a_chunks
-        .remainder()
-        .iter()
-        .zip(b_chunks.remainder())
-        .map(|(x, y)| (x - y) * (x - y))
-        .sum();
-    for (x, y) in a_chunks.zip(b_chunks) {
-        for ((sum, x), y) in sums.iter_mut().zip(x).zip(y) {
-            *sum += (x - y) * (x - y);
-        }
-    }
-    sums.iter().sum::<f32>() + tail
 }
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
 //! Whether a frame is worth its upload, and in which lane.
 //!
-//! Three mechanisms, from soft to hard. Each frame's u in a lane is damped by how much of its kind
-//! was sent already ([`crate::sketch`]), so that rare classes are not starved by a flood of night
-//! frames. A lane flags what exceeds a quantile of its own recent scores ([`crate::quantile`]), and
+//! Three mechanisms, from soft to hard. Each frame's u in a lane is damped if it repeats what was
+//! just flagged, and but for the novel and campaign lanes by how much of its kind was sent already
+//! ([`crate::sketch`]), so that rare classes are not starved by a flood of night frames. A lane flags what exceeds a quantile of its own recent scores ([`crate::quantile`]), and
 //! the quantile is steered so that the lane spends what it earns. The byte bucket
 //! ([`crate::bucket`]) is the law: over every stretch of frames, the bytes flagged are at most
 //! `budget_ratio × bytes seen + burst_bytes`.
@@ -52,7 +52,8 @@ pub struct TriggerConfig {
     pub warmup: u32,
     /// Smallest u (before damping) that novel and unsure flag, 0 to 1.
     pub floor: f32,
-    /// α: u is divided by (1 + sent of this class and cell)^α.
+    /// α: by (1 + sent of this class and cell)^α is u divided, in the unsure lane p = 1 − u
+    /// multiplied.
     pub cell_damping: f32,
     /// β: and by (1 + sent of this class)^β.
     pub class_damping: f32,
@@ -365,13 +366,19 @@ impl Trigger {
             };
             // A score that is no number is not evidence of anything.
             let u = if u.is_finite() { u } else { 0.0 };
-            // What the cloud asks for already weighs how much of a class it has; damping by class
-            // would send it what looks like nothing it asked for.
-            let damping = match account.lane {
-                Lane::Campaign => damping.repeat,
-                _ => damping.repeat * damping.kind,
-            };
-            let damped = u * damping * (1.0 - TIE * lot);
+            let damped = match account.lane {
+                // What the cloud asks for already weighs how much of a class it has; damping by
+                // class would send it what looks like nothing it asked for.
+                Lane::Campaign => u * damping.repeat,
+                // One thing in view is sent once or twice, whatever it is.
+                _ if damping.repeat < 1.0 => u * damping.repeat * damping.kind,
+                // The class that the model gives to what it does not know means little.
+                Lane::Novel => u,
+                // On u itself damping would undo the score, which tells one in a hundred from one
+                // in a thousand by 0.009. So what was sent makes p = 1 − u larger instead.
+                Lane::Unsure => (1.0 - (1.0 - u) / damping.kind).max(0.0),
+                _ => u * damping.kind,
+            } * (1.0 - TIE * lot);
             let fullness = account.purse.level().over(account.purse.capacity());
             let rate = account.earning
                 * self.config.budget_ratio

@@ -126,11 +126,7 @@ fn golden() -> Result<Vec<u8>, String> {
 /// Score parameters of the stream's daylight: means and covariances of unit-length embeddings, and
 /// tables from items that these have not seen, scored by the device's own code.
 fn scores() -> Result<Vec<u8>, String> {
-    let shape = Shape {
-        classes: CLASSES as u16,
-        dim: DIM as u16,
-        table: TABLE as u16,
-    };
+    let shape = Shape::plain(CLASSES as u16, DIM as u16, TABLE as u16);
     let layout = shape.layout();
     let mut stream = Stream::new(11);
     let mut item = || stream.fresh(Scene::DAY);

@@ -92,6 +92,7 @@ fn input<'a>(world: &World, train: &'a Items, held: &'a Items) -> FitInput<'a> {
         held_logits: &held.logits,
         held_embeddings: &held.embeddings,
         held_labels: &held.labels,
+        head: None,
         shrinkage: None,
     }
 }
@@ -344,4 +345,103 @@ fn each_fault_is_named() {
     ] {
         assert_eq!(text(input), expected);
     }
+}
+
+/// Distance to the nearest prototype and the integer form, of every item.
+fn distances(bytes: &[u8], items: &Items, d: usize) -> Vec<(f32, f32, f32)> {
+    let mut values = vec![0.0; Params::len_f32(bytes).unwrap()];
+    let params = Params::parse(bytes, &mut values).unwrap();
+    let form = device_core::score::integer::Integer::parse(bytes)
+        .unwrap()
+        .unwrap();
+    let mut scratch = vec![0.0; params.shape().scratch()];
+    let mut whole = vec![0; form.rank()];
+    let mut codes = vec![0i8; d];
+    items
+        .embeddings
+        .chunks_exact(d)
+        .map(|embedding| {
+            device_core::score::quantise(embedding, &mut codes);
+            let integer = form.novelty(&codes, &mut whole).unwrap();
+            let float = device_core::score::mahalanobis::relative_mahalanobis(
+                embedding,
+                &params,
+                &mut scratch,
+            );
+            let near = nearest_prototype(embedding, &params, &mut scratch).unwrap();
+            (integer as f32 / 4096.0, float, near)
+        })
+        .collect()
+}
+
+#[test]
+fn the_integer_form_is_the_same_distance() {
+    for (classes, dim) in [(3, 8), (9, 24), (12, 5)] {
+        let mut world = World::new(classes, dim, 4);
+        let (train, held) = (world.items(80, 1.0), world.items(30, 1.0));
+        let bytes = fit(input(&world, &train, &held)).unwrap();
+        let pairs = distances(&bytes, &held, dim);
+        let (mut error, mut size) = (0.0, 0.0);
+        let mean = pairs.iter().map(|p| p.1).sum::<f32>() / pairs.len() as f32;
+        for (integer, float, _) in &pairs {
+            error += (integer - float).powi(2);
+            size += (float - mean).powi(2);
+        }
+        // A correlation of 0.999 and more.
+        assert!(error < 2e-3 * size, "{classes} {dim}: {error} of {size}");
+    }
+}
+
+#[test]
+fn prototypes_tell_the_unknown_apart_and_fused_novelty_is_uniform() {
+    let mut world = World::new(5, 16, 9);
+    let (train, held) = (world.items(200, 1.0), world.items(200, 1.0));
+    let bytes = fit(input(&world, &train, &held)).unwrap();
+    let fresh = world.items(200, 1.0);
+    let u: Vec<f32> = scores(&bytes, &fresh).iter().map(|s| s.u_novel).collect();
+    let off = distance_to_uniform(u.iter().copied());
+    assert!(off < 0.06, "{off}");
+    let mut unknown = Items::default();
+    for _ in 0..100 {
+        unknown.embeddings.extend(world.embedding(5));
+    }
+    let known = distances(&bytes, &fresh, 16);
+    let limit = {
+        let mut near: Vec<f32> = known.iter().map(|p| p.2).collect();
+        near.sort_by(f32::total_cmp);
+        near[near.len() * 95 / 100]
+    };
+    let found = distances(&bytes, &unknown, 16);
+    let beyond = found.iter().filter(|p| p.2 > limit).count();
+    assert!(beyond > 60, "{beyond} of 100");
+}
+
+#[test]
+fn the_head_gives_distances_to_boundaries() {
+    let mut world = World::new(3, 4, 2);
+    let (train, held) = (world.items(20, 1.0), world.items(20, 1.0));
+    let head: Vec<f32> = (0..12).map(|i| ((i * 7) % 5) as f32).collect();
+    let bytes = fit(FitInput {
+        head: Some(&head),
+        ..input(&world, &train, &held)
+    })
+    .unwrap();
+    let mut values = vec![0.0; Params::len_f32(&bytes).unwrap()];
+    let params = Params::parse(&bytes, &mut values).unwrap();
+    let (mean, inverse) = params.head().unwrap();
+    let column: f32 = train.embeddings.iter().step_by(4).sum();
+    assert!((mean[0] - column / train.labels.len() as f32).abs() < 1e-4);
+    for (a, b) in [(1, 0), (2, 0), (2, 1)] {
+        let apart = (0..4).map(|j| (head[a * 4 + j] - head[b * 4 + j]).powi(2));
+        let distance = apart.sum::<f32>().sqrt();
+        assert!((inverse[pair(a, b)] * distance - 1.0).abs() < 1e-5);
+    }
+    let short = FitInput {
+        head: Some(&head[1..]),
+        ..input(&world, &train, &held)
+    };
+    assert!(matches!(
+        fit(short),
+        Err(FitError::Length { what: "head", .. })
+    ));
 }

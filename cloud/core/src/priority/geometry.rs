@@ -9,7 +9,7 @@ pub(super) const SAME: f32 = 1e-6;
 
 /// Embeddings as unit rows of one dense matrix. A row without a direction (empty, zero, or not
 /// finite) is zeros.
-pub(super) struct Rows {
+pub(crate) struct Rows {
     dim: usize,
     data: Vec<f32>,
     directed: Vec<bool>,
@@ -17,7 +17,7 @@ pub(super) struct Rows {
 
 impl Rows {
     /// The rows scaled to unit length. All non-empty rows have one dimension.
-    pub(super) fn unit<'a>(rows: impl Iterator<Item = &'a [f32]> + Clone) -> Self {
+    pub(crate) fn unit<'a>(rows: impl Iterator<Item = &'a [f32]> + Clone) -> Self {
         let dim = rows.clone().map(<[f32]>::len).max().unwrap_or(0);
         let mut matrix = Self {
             dim,
@@ -42,11 +42,11 @@ impl Rows {
         matrix
     }
 
-    pub(super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.directed.len()
     }
 
-    pub(super) fn row(&self, index: usize) -> &[f32] {
+    pub(crate) fn row(&self, index: usize) -> &[f32] {
         &self.data[index * self.dim..(index + 1) * self.dim]
     }
 
@@ -117,7 +117,7 @@ pub(super) fn distance2(a: &[f32], b: &[f32]) -> f32 {
 
 /// Lloyd's k-means on `rows` from a k-means++ start: the cluster of each row, below `k`.
 /// `O(rows · k · dim)` a step; callers bound `rows` and `k`.
-pub(super) fn kmeans(rows: &Rows, k: usize, steps: usize, rng: &mut ChaCha8Rng) -> Vec<usize> {
+pub(crate) fn kmeans(rows: &Rows, k: usize, steps: usize, rng: &mut ChaCha8Rng) -> Vec<usize> {
     let n = rows.len();
     let mut nearest = vec![f32::INFINITY; n];
     let mut weights = vec![1.0_f32; n];

@@ -133,6 +133,9 @@ enum Command {
     /// Check that every flagged sample is accounted for; exit code 3 if one is not.
     #[command(after_help = "Example: flywheel audit --data cloud/")]
     Audit(Connection),
+    /// Measure the device's decisions on labelled pictures.
+    #[command(subcommand)]
+    Bench(crate::bench::BenchCommand),
     /// Run as a device agent (the same program as `flywheel-agent`).
     #[command(disable_help_flag = true)]
     Agent {
@@ -175,6 +178,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Rollout(at) => fleet::rollout(at.command, &at.connection),
         Command::Device(at) => fleet::device(at.command, &at.connection),
         Command::Audit(connection) => fleet::audit(&connection),
+        Command::Bench(command) => crate::bench::run(command),
         Command::Agent { args } => Ok(flywheel_agent::cli::run_from(
             std::iter::once(OsString::from("flywheel-agent")).chain(args),
         )),

@@ -257,6 +257,8 @@ impl Stations<'_> {
             held_logits: &held.logits,
             held_embeddings: &held.embeddings,
             held_labels: &held.labels,
+            // No lane uses the distance to decision boundaries.
+            head: None,
             shrinkage: None,
         })
         .map_err(|error| Fault::Internal(format!("fitting the scores: {error}")))

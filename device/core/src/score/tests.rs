@@ -17,7 +17,10 @@ fn params_of(shape: Shape, t: f32, n: f32, seed: &[f32]) -> Vec<f32> {
     for (i, count) in values[layout.counts].iter_mut().enumerate() {
         *count = if i == 1 { 0.0 } else { 3.0 };
     }
-    for table in [layout.unsure, layout.novel] {
+    for inverse in &mut values[layout.head_inverse] {
+        *inverse = inverse.abs();
+    }
+    for table in [layout.unsure, layout.novel, layout.near, layout.fused] {
         values[table].sort_by(f32::total_cmp);
     }
     values
@@ -28,6 +31,8 @@ struct Reference {
     entropy: f64,
     energy: f64,
     novelty: f64,
+    near: Option<f64>,
+    boundary: Option<f64>,
 }
 
 fn reference(logits: &[f32], z: &[f32], params: &Params<'_>) -> Reference {
@@ -69,7 +74,36 @@ fn reference(logits: &[f32], z: &[f32], params: &Params<'_>) -> Reference {
                 .sum::<f64>()
         })
         .fold(f64::INFINITY, f64::min);
+    let root = |square: f64| square.sqrt();
+    let near = (0..usize::from(params.shape().prototypes))
+        .map(|p| {
+            let at = layout.prototypes.start + p * d;
+            root((0..d).map(|i| (unit(z[i]) - value(at + i)).powi(2)).sum())
+        })
+        .reduce(f64::min);
+    let boundary = params.shape().head.then(|| {
+        let top = (0..logits.len())
+            .rev()
+            .max_by(|&a, &b| logits[a].total_cmp(&logits[b]));
+        let top = top.unwrap();
+        let away = root(
+            (0..d)
+                .map(|i| (f64::from(z[i]) - value(layout.head_mean.start + i)).powi(2))
+                .sum(),
+        );
+        let sum: f64 = (0..logits.len())
+            .filter(|&k| k != top)
+            .map(|k| {
+                let (high, low) = (k.max(top), k.min(top));
+                let inverse = value(layout.head_inverse.start + high * (high - 1) / 2 + low);
+                (f64::from(logits[top]) - f64::from(logits[k])).abs() * inverse
+            })
+            .sum();
+        sum / (logits.len().max(2) - 1) as f64 / away
+    });
     Reference {
+        near,
+        boundary,
         entropy: p.iter().filter(|p| **p > 0.0).map(|p| -p * p.ln()).sum(),
         p,
         energy,
@@ -88,8 +122,15 @@ proptest! {
         z in prop::collection::vec(-4.0f32..4.0, 0..21),
         seed in prop::collection::vec(-1.0f32..1.0, 5..30),
         t in 0.3f32..5.0,
+        head in any::<bool>(),
+        prototypes in 0u16..6,
     ) {
-        let shape = Shape { classes: logits.len() as u16, dim: z.len() as u16, table: 9 };
+        let dim = z.len() as u16;
+        let shape = Shape {
+            head: head && dim > 0,
+            prototypes: if dim > 0 { prototypes } else { 0 },
+            ..Shape::plain(logits.len() as u16, dim, 9)
+        };
         let values = params_of(shape, t, 50.0, &seed);
         let params = Params::checked(shape, &values).unwrap();
         let mut scratch = vec![f32::NAN; shape.scratch()];
@@ -109,6 +150,33 @@ proptest! {
         // Rounding grows with the two squares that are subtracted, which are below 4·10³ here.
         prop_assert!(close(ours.novelty, plain.novelty, 4e3), "{} {}", ours.novelty, plain.novelty);
         prop_assert!((0.0..=1.0).contains(&ours.u_unsure) && (0.0..=1.0).contains(&ours.u_novel));
+        let near = neighbour::nearest_prototype(&z, &params, &mut scratch);
+        prop_assert_eq!(near.is_some(), plain.near.is_some());
+        if let (Some(ours), Some(plain)) = (near, plain.near) {
+            prop_assert!(close(ours, plain, 1.0), "{} {}", ours, plain);
+        }
+        let boundary = boundary::boundary_distance(&logits, &z, &params);
+        prop_assert_eq!(boundary.is_some(), plain.boundary.is_some());
+        if let (Some(ours), Some(plain)) = (boundary, plain.boundary) {
+            prop_assert!(close(ours, plain, plain), "{} {}", ours, plain);
+        }
+        if !z.is_empty() {
+            let alone = mahalanobis::relative_mahalanobis(&z, &params, &mut scratch);
+            prop_assert_eq!(alone.to_bits(), ours.novelty.to_bits());
+        }
+        let layout = shape.layout();
+        let u = |table: std::ops::Range<usize>, x: f32| conformal(&values[table], 50.0, x);
+        let expected = match near {
+            None => u(layout.novel, ours.novelty),
+            Some(near) => {
+                let p = |u: f32| 1.0 - f64::from(u);
+                let product = p(u(layout.novel.clone(), ours.novelty)) * p(u(layout.near, near));
+                let fisher = -product.ln();
+                prop_assert!(close(fused(ours.novelty, near, &params), fisher, fisher));
+                u(layout.fused, fused(ours.novelty, near, &params))
+            }
+        };
+        prop_assert_eq!(ours.u_novel, expected);
         let mut p = vec![0.0; logits.len()];
         softmax(&logits, t, &mut p);
         for (ours, plain) in p.iter().zip(&plain.p) {
@@ -121,7 +189,7 @@ proptest! {
         bits in prop::collection::vec(any::<u32>(), 8),
         huge in any::<bool>(),
     ) {
-        let shape = Shape { classes: 4, dim: 4, table: 5 };
+        let shape = Shape { head: true, prototypes: 2, ..Shape::plain(4, 4, 5) };
         let values = params_of(shape, 0.5, 50.0, &[0.3, -0.7, 0.9, 0.1, 0.2]);
         let params = Params::checked(shape, &values).unwrap();
         let floats: Vec<f32> = bits
@@ -199,11 +267,7 @@ fn a_broken_or_empty_embedding_quantises_to_zero() {
 
 #[test]
 fn wrong_lengths_are_named() {
-    let shape = Shape {
-        classes: 2,
-        dim: 2,
-        table: 2,
-    };
+    let shape = Shape::plain(2, 2, 2);
     let values = params_of(shape, 1.0, 5.0, &[0.5]);
     let params = Params::checked(shape, &values).unwrap();
     let mut scratch = [0.0; 4];
@@ -222,4 +286,84 @@ fn wrong_lengths_are_named() {
         score(&[0.0; 2], &[0.0; 2], &params, &mut scratch[..3]),
         Err(ScoreError::Scratch { .. })
     ));
+}
+
+/// The integer form against the formula in f64 over the same whole numbers.
+mod whole {
+    use super::*;
+    use crate::params::Params;
+    use crate::score::integer::{ABSENT, FRACTION, GAIN, Integer, MEAN};
+
+    fn append(bytes: &mut Vec<u8>, words: &[i32]) {
+        for word in words {
+            bytes.extend_from_slice(&word.to_le_bytes());
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn agrees_with_plain_f64(
+            (classes, rank) in (1usize..6, 1usize..5),
+            dim in 5usize..40,
+            numbers in prop::collection::vec(any::<i8>(), 400),
+            shift in 4u8..12,
+        ) {
+            let mut numbers = numbers.into_iter().cycle();
+            let mut next = || i32::from(numbers.next().unwrap());
+            let shape = Shape { rank: rank as u16, ..Shape::plain(classes as u16, dim as u16, 2) };
+            let values = params_of(shape, 1.0, 5.0, &[0.5]);
+            let mut bytes = vec![0; shape.front_len()];
+            Params::checked(shape, &values).unwrap().encode(&mut bytes).unwrap();
+            let scales: Vec<i32> = (0..rank).map(|_| (next().abs() + 1) << shift).collect();
+            let offsets: Vec<i32> = (0..rank).map(|_| next() << 6).collect();
+            let gains: Vec<i32> = (0..rank).map(|_| (next().abs() + 1) << 8).collect();
+            let mut mean_scales: Vec<i32> = (0..classes).map(|_| (next().abs() + 1) << 8).collect();
+            if classes > 1 {
+                mean_scales[1] = ABSENT;
+            }
+            let rows: Vec<i32> = (0..rank * dim).map(|_| next()).collect();
+            let means: Vec<i32> = (0..classes * rank).map(|_| next()).collect();
+            bytes.push(shift);
+            for words in [&scales, &offsets, &gains, &mean_scales] {
+                append(&mut bytes, words);
+            }
+            bytes.extend(rows.iter().chain(&means).map(|&x| (x as i8).cast_unsigned()));
+            let integer = Integer::parse(&bytes).unwrap().unwrap();
+            let embedding: Vec<i8> = (0..dim).map(|_| next() as i8).collect();
+            let ours = integer.novelty(&embedding, &mut vec![7; rank]).unwrap();
+
+            let one = f64::from(1 << FRACTION);
+            let length = embedding.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+            let t: Vec<f64> = (0..rank)
+                .map(|i| {
+                    let sum: f64 = (0..dim)
+                        .map(|j| f64::from(rows[i * dim + j]) * f64::from(embedding[j]))
+                        .sum();
+                    let scale = f64::from(scales[i]) / f64::from(1u32 << shift) / one;
+                    sum * scale / length.max(1.0 / 256.0) - f64::from(offsets[i]) / one
+                })
+                .collect();
+            let background: f64 = t
+                .iter()
+                .zip(&gains)
+                .map(|(t, &gain)| t * t * f64::from(gain) / f64::from(1 << GAIN))
+                .sum();
+            let nearest = (0..classes)
+                .filter(|&k| mean_scales[k] != ABSENT)
+                .map(|k| {
+                    let mean = |i: usize| {
+                        f64::from(means[k * rank + i]) * f64::from(mean_scales[k])
+                            / f64::from(1 << MEAN)
+                    };
+                    t.iter().enumerate().map(|(i, t)| (t - mean(i)).powi(2)).sum::<f64>()
+                })
+                .fold(f64::INFINITY, f64::min);
+            let plain = nearest - background;
+            let size: f64 = nearest + background + 1.0;
+            prop_assert!((f64::from(ours) / one - plain).abs() < 5e-3 * size, "{} {}", f64::from(ours) / one, plain);
+            // Only the direction counts: nothing but what rounding leaves changes with the size.
+            prop_assert!(integer.novelty(&embedding[1..], &mut vec![0; rank]).is_none());
+            prop_assert!(integer.novelty(&embedding, &mut []).is_none());
+        }
+    }
 }

@@ -1,0 +1,40 @@
+//! `flywheel bench`: what is claimed of the device's decisions, measured with the device's own
+//! code on data that nobody here made.
+
+mod flagging;
+mod latency;
+mod pictures;
+mod stream;
+mod subject;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Subcommand;
+
+pub use flagging::FlaggingArgs;
+pub use latency::LatencyArgs;
+
+/// Parts of `flywheel bench`.
+#[derive(Subcommand)]
+pub enum BenchCommand {
+    /// How much of a class that the model never saw is flagged under an upload budget, by each
+    /// score and by the lanes together.
+    #[command(after_help = "Example: flywheel bench flagging --data mnist/ --classes 0,3 --json")]
+    Flagging(FlaggingArgs),
+    /// How long scoring and triggering one frame take, beside a plain softmax.
+    #[command(after_help = "Example: flywheel bench score --json")]
+    Score(LatencyArgs),
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// If the data can't be read, or training fails.
+pub fn run(command: BenchCommand) -> Result<ExitCode> {
+    match command {
+        BenchCommand::Flagging(args) => flagging::run(&args)?,
+        BenchCommand::Score(args) => latency::run(&args)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
