@@ -15,6 +15,7 @@
 //! | [`quantile`] | where the best few percent of a stream begin |
 //! | [`bucket`] | how many bytes may leave |
 //! | [`trigger`] | whether the frame is worth its upload, and in which lane |
+//! | [`spool`] | what is kept in NOR flash until the cloud has it |
 //! | [`uplink`] | when to connect, send, wait, resend and change transport |
 //! | [`slot`] | whether an offered model becomes the live one |
 #![no_std]
@@ -31,5 +32,6 @@ pub mod quantile;
 pub mod score;
 pub mod sketch;
 pub mod slot;
+pub mod spool;
 pub mod trigger;
 pub mod uplink;
