@@ -78,8 +78,13 @@ impl<F: NorFlash> Area<F> {
             .map_err(SpoolError::Flash)
     }
 
-    pub(super) fn into_flash(self) -> F {
-        self.flash
+    pub(super) fn flash(&self) -> &F {
+        &self.flash
+    }
+
+    #[cfg(test)]
+    pub(super) fn flash_mut(&mut self) -> &mut F {
+        &mut self.flash
     }
 }
 
@@ -108,4 +113,5 @@ pub(super) fn unsealed(block: &[u8; BLOCK]) -> Option<[u32; 4]> {
 
 /// The checksum of the envelopes on the wire, without a table: flash is dearer than the eight steps
 /// a byte, which a page takes longer to program than to sum up.
-pub(super) const CRC32: crc::Crc<u32, crc::NoTable> = crc::Crc::<u32, crc::NoTable>::new(&crc::CRC_32_ISCSI);
+pub(super) const CRC32: crc::Crc<u32, crc::NoTable> =
+    crc::Crc::<u32, crc::NoTable>::new(&crc::CRC_32_ISCSI);

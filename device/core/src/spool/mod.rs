@@ -205,12 +205,10 @@ impl<F: NorFlash, const N: usize> Spool<F, N> {
         if let Some(reason) = lost {
             // If the flash refuses this too, it is tried again later.
             let stored = self.write_loss(key, reason).is_ok();
-            self.table.insert_loss(key.epoch, key.seq..=key.seq, reason, stored);
+            self.table
+                .insert_loss(key.epoch, key.seq..=key.seq, reason, stored);
         }
-        Pushed {
-            seq: key.seq,
-            lost,
-        }
+        Pushed { seq: key.seq, lost }
     }
 
     /// Copies the oldest unsent records of one epoch into `buffer`, at most `max_records` of them
@@ -240,7 +238,8 @@ impl<F: NorFlash, const N: usize> Spool<F, N> {
     ) -> Result<Option<Taken>, SpoolError<F::Error>> {
         let mut taken: Option<Taken> = None;
         while let Some((key, content)) = self.table.after(self.sent) {
-            let (epoch, count, len) = taken.map_or((key.epoch, 0, 0), |t| (t.epoch, t.count, t.len));
+            let (epoch, count, len) =
+                taken.map_or((key.epoch, 0, 0), |t| (t.epoch, t.count, t.len));
             if key.epoch != epoch || count == max_records.max(1) {
                 break;
             }
@@ -304,7 +303,9 @@ impl<F: NorFlash, const N: usize> Spool<F, N> {
             }
             let mut next = entry.key.seq;
             while next <= entry.last {
-                let Some(&(_, high)) = ranges.iter().find(|(low, high)| (*low..=*high).contains(&next))
+                let Some(&(_, high)) = ranges
+                    .iter()
+                    .find(|(low, high)| (*low..=*high).contains(&next))
                 else {
                     break 'front;
                 };
@@ -324,7 +325,12 @@ impl<F: NorFlash, const N: usize> Spool<F, N> {
         let in_flight = self.table.count_through(self.sent.min(through));
         self.through = through;
         self.sent = self.sent.max(through);
-        for entry in self.table.entries().iter().take_while(|entry| entry.key <= through) {
+        for entry in self
+            .table
+            .entries()
+            .iter()
+            .take_while(|entry| entry.key <= through)
+        {
             if let Content::Sample { slot, .. } = entry.content {
                 self.busy[usize::from(slot)] = false;
             }
@@ -402,17 +408,12 @@ impl<F: NorFlash, const N: usize> Spool<F, N> {
         self.slots.count()
     }
 
-    /// The flash, for another use.
-    pub fn into_flash(self) -> F {
-        self.area.into_flash()
+    /// The flash.
+    pub fn flash(&self) -> &F {
+        self.area.flash()
     }
 
-    fn keep(
-        &mut self,
-        key: SampleKey,
-        record: &Record<'_>,
-        value: f32,
-    ) -> Result<(), LossReason> {
+    fn keep(&mut self, key: SampleKey, record: &Record<'_>, value: f32) -> Result<(), LossReason> {
         let len = slots::encoded_len(record).ok_or(LossReason::Oversize)?;
         if len > self.slots.capacity() {
             return Err(LossReason::Oversize);
@@ -456,7 +457,8 @@ impl<F: NorFlash, const N: usize> Spool<F, N> {
         if let Some(slot) = self.table.remove_sample(key) {
             self.busy[usize::from(slot)] = false;
         }
-        self.table.insert_loss(key.epoch, key.seq..=key.seq, reason, true);
+        self.table
+            .insert_loss(key.epoch, key.seq..=key.seq, reason, true);
         Ok(())
     }
 
@@ -507,13 +509,17 @@ impl<F: NorFlash, const N: usize> Spool<F, N> {
             epoch: account.epoch,
             flagged: account.flagged,
         });
-        let losses = self.table.entries().iter().filter_map(|entry| match entry.content {
-            Content::Loss {
-                reason,
-                stored: true,
-            } => Some(Note::loss(entry, reason)),
-            _ => None,
-        });
+        let losses = self
+            .table
+            .entries()
+            .iter()
+            .filter_map(|entry| match entry.content {
+                Content::Loss {
+                    reason,
+                    stored: true,
+                } => Some(Note::loss(entry, reason)),
+                _ => None,
+            });
         let through = [Note::Through(self.through)];
         let notes = through.into_iter().chain(accounts).chain(losses);
         self.journal.renew(&mut self.area, &self.slots, notes)

@@ -28,10 +28,10 @@ impl NorFlashError for SimError {
     }
 }
 
-/// A part of `SIZE` bytes that writes words of `WRITE` and erases blocks of `ERASE`.
-#[derive(Clone, Debug)]
-pub struct NorSim<const SIZE: usize, const WRITE: usize, const ERASE: usize> {
-    bytes: [u8; SIZE],
+/// A part that writes words of `WRITE` bytes and erases blocks of `ERASE`.
+#[derive(Debug)]
+pub struct NorSim<'a, const WRITE: usize, const ERASE: usize> {
+    bytes: &'a mut [u8],
     /// Writes and erases until the power is cut; `None` for never.
     left: Option<u32>,
     cut: bool,
@@ -41,19 +41,11 @@ pub struct NorSim<const SIZE: usize, const WRITE: usize, const ERASE: usize> {
     seed: u32,
 }
 
-impl<const SIZE: usize, const WRITE: usize, const ERASE: usize> Default
-    for NorSim<SIZE, WRITE, ERASE>
-{
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
-impl<const SIZE: usize, const WRITE: usize, const ERASE: usize> NorSim<SIZE, WRITE, ERASE> {
-    /// A new part, all erased.
-    pub const fn new() -> Self {
+impl<'a, const WRITE: usize, const ERASE: usize> NorSim<'a, WRITE, ERASE> {
+    /// A part of as many cells as `bytes`, with what they hold. A new part is all `0xFF`.
+    pub fn new(bytes: &'a mut [u8]) -> Self {
         Self {
-            bytes: [0xFF; SIZE],
+            bytes,
             left: None,
             cut: false,
             worn: None,
@@ -97,13 +89,16 @@ impl<const SIZE: usize, const WRITE: usize, const ERASE: usize> NorSim<SIZE, WRI
     }
 
     /// The cells, to be damaged by a test.
-    pub fn cells(&mut self) -> &mut [u8; SIZE] {
-        &mut self.bytes
+    pub fn cells(&mut self) -> &mut [u8] {
+        self.bytes
     }
 
     fn random(&mut self) -> u32 {
         // Numerical Recipes' "quick and dirty" generator, its better half.
-        self.seed = self.seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        self.seed = self
+            .seed
+            .wrapping_mul(1_664_525)
+            .wrapping_add(1_013_904_223);
         self.seed >> 16
     }
 
@@ -130,16 +125,12 @@ impl<const SIZE: usize, const WRITE: usize, const ERASE: usize> NorSim<SIZE, WRI
     }
 }
 
-impl<const SIZE: usize, const WRITE: usize, const ERASE: usize> ErrorType
-    for NorSim<SIZE, WRITE, ERASE>
-{
+impl<const WRITE: usize, const ERASE: usize> ErrorType for NorSim<'_, WRITE, ERASE> {
     type Error = SimError;
 }
 
-impl<const SIZE: usize, const WRITE: usize, const ERASE: usize> ReadNorFlash
-    for NorSim<SIZE, WRITE, ERASE>
-{
-    const READ_SIZE: usize = 1;
+impl<const WRITE: usize, const ERASE: usize> ReadNorFlash for NorSim<'_, WRITE, ERASE> {
+    const READ_SIZE: usize = if WRITE < 4 { WRITE } else { 4 };
 
     fn read(&mut self, offset: u32, bytes: &mut [u8]) -> Result<(), SimError> {
         check_read(self, offset, bytes.len()).map_err(SimError::Arguments)?;
@@ -152,13 +143,11 @@ impl<const SIZE: usize, const WRITE: usize, const ERASE: usize> ReadNorFlash
     }
 
     fn capacity(&self) -> usize {
-        SIZE
+        self.bytes.len()
     }
 }
 
-impl<const SIZE: usize, const WRITE: usize, const ERASE: usize> NorFlash
-    for NorSim<SIZE, WRITE, ERASE>
-{
+impl<const WRITE: usize, const ERASE: usize> NorFlash for NorSim<'_, WRITE, ERASE> {
     const WRITE_SIZE: usize = WRITE;
     const ERASE_SIZE: usize = ERASE;
 

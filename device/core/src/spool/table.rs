@@ -142,8 +142,13 @@ impl<const N: usize> Table<N> {
             Some(&[first, second]) if first.touches(&second) => [first, second],
             _ => return false,
         };
-        let (Content::Loss { reason, stored }, Content::Loss { reason: other, stored: also }) =
-            (first.content, second.content)
+        let (
+            Content::Loss { reason, stored },
+            Content::Loss {
+                reason: other,
+                stored: also,
+            },
+        ) = (first.content, second.content)
         else {
             return false;
         };
@@ -209,7 +214,9 @@ impl<const N: usize> Table<N> {
     pub(super) fn least_valuable(&self, sent: SampleKey, value: f32) -> Option<(SampleKey, u16)> {
         let mut least: Option<(f32, SampleKey, u16)> = None;
         for entry in self.entries.iter().filter(|entry| entry.key > sent) {
-            if let Content::Sample { slot, value: worth, .. } = entry.content
+            if let Content::Sample {
+                slot, value: worth, ..
+            } = entry.content
                 && worth <= value
                 && least.is_none_or(|(best, ..)| worth < best)
             {
@@ -243,7 +250,10 @@ impl<const N: usize> Table<N> {
 
     /// The first losses that the journal does not have.
     pub(super) fn unstored(&self) -> Option<Entry> {
-        self.entries.iter().find(|entry| !entry.is_stored()).copied()
+        self.entries
+            .iter()
+            .find(|entry| !entry.is_stored())
+            .copied()
     }
 
     /// The journal has the losses that begin at `key`.
