@@ -119,17 +119,13 @@ impl Journal {
             half_bytes: most.next_multiple_of(F::ERASE_SIZE) as u32,
             live: 1,
             generation: 0,
-            filled: u32::MAX,
+            filled: u32::MAX, // Until it is found or renewed.
         }
     }
 
     /// The first byte behind both halves.
     pub(super) fn end(&self) -> u32 {
         2 * self.half_bytes
-    }
-
-    fn blocks(&self) -> u32 {
-        self.half_bytes / BLOCK as u32
     }
 
     fn place(&self, half: u32, block: u32) -> u32 {
@@ -155,40 +151,39 @@ impl Journal {
                     slots: count,
                 });
             }
-            let (committed, last) = self.survey(area, half, generation)?;
-            if committed && (!found || generation > self.generation) {
+            if self.is_committed(area, half, generation)?
+                && (!found || generation > self.generation)
+            {
                 found = true;
                 self.live = half;
                 self.generation = generation;
-                // The block behind the last one may be half written and still read as erased, and
-                // no word may be written twice.
-                self.filled = last + 2;
+                // Behind the last note, a word may be half written and still read as erased, and
+                // no word may be written twice: the first note of this start renews the journal.
+                self.filled = self.blocks();
             }
         }
         Ok(found)
     }
 
-    /// Whether a half was written to its end, and its last block that is not erased.
-    fn survey<F: NorFlash>(
+    /// Whether a half was written to its end.
+    fn is_committed<F: NorFlash>(
         &self,
         area: &mut Area<F>,
         half: u32,
         generation: u32,
-    ) -> Result<(bool, u32), SpoolError<F::Error>> {
-        let (mut committed, mut last) = (false, 0);
+    ) -> Result<bool, SpoolError<F::Error>> {
         for index in 0..self.blocks() {
             let block = area.block(self.place(half, index))?;
-            if block != [0xFF; BLOCK] {
-                last = index;
-                committed |= unsealed(&block) == Some([COMMIT, generation, 0, 0]);
+            if unsealed(&block) == Some([COMMIT, generation, 0, 0]) {
+                return Ok(true);
             }
         }
-        Ok((committed, last))
+        Ok(false)
     }
 
-    /// How many notes [`Journal::read`] may give.
-    pub(super) fn notes(&self) -> u32 {
-        self.filled.min(self.blocks())
+    /// How many notes a half holds.
+    pub(super) fn blocks(&self) -> u32 {
+        self.half_bytes / BLOCK as u32
     }
 
     /// A note of the live half; `None` for what is none or was cut short.

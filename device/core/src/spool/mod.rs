@@ -530,7 +530,7 @@ impl<F: NorFlash, const N: usize> Spool<F, N> {
         let mut journal = self.journal.clone();
         let found = journal.find(&mut self.area, &self.slots)?;
         if found {
-            for index in 0..journal.notes() {
+            for index in 0..journal.blocks() {
                 if let Some(note) = journal.read(&mut self.area, index)? {
                     self.replay(note);
                 }

@@ -35,6 +35,8 @@ pub struct NorSim<'a, const WRITE: usize, const ERASE: usize> {
     /// Writes and erases until the power is cut; `None` for never.
     left: Option<u32>,
     cut: bool,
+    /// First cell of a word that a cut left half written; it may still read as erased.
+    torn: Option<usize>,
     worn: Option<usize>,
     operations: u32,
     erases: u32,
@@ -48,6 +50,7 @@ impl<'a, const WRITE: usize, const ERASE: usize> NorSim<'a, WRITE, ERASE> {
             bytes,
             left: None,
             cut: false,
+            torn: None,
             worn: None,
             operations: 0,
             erases: 0,
@@ -168,6 +171,7 @@ impl<const WRITE: usize, const ERASE: usize> NorFlash for NorSim<'_, WRITE, ERAS
                 return Err(SimError::PowerCut);
             }
             self.erases += 1;
+            self.torn = self.torn.filter(|at| !cells.contains(at));
             self.bytes[cells].fill(0xFF);
         }
         Ok(())
@@ -178,7 +182,8 @@ impl<const WRITE: usize, const ERASE: usize> NorFlash for NorSim<'_, WRITE, ERAS
         let at = offset as usize;
         let torn = self.begin(at / ERASE)?;
         let cells = at..at + bytes.len();
-        if self.bytes[cells.clone()].iter().any(|cell| *cell != 0xFF) {
+        let torn_before = self.torn.is_some_and(|at| cells.contains(&at));
+        if torn_before || self.bytes[cells.clone()].iter().any(|cell| *cell != 0xFF) {
             return Err(SimError::NotErased);
         }
         if !torn {
@@ -189,8 +194,13 @@ impl<const WRITE: usize, const ERASE: usize> NorFlash for NorSim<'_, WRITE, ERAS
         let words = bytes.len() / WRITE;
         let whole = self.random() as usize % (words + 1) * WRITE;
         self.bytes[at..at + whole].copy_from_slice(&bytes[..whole]);
-        for index in whole..(whole + WRITE).min(bytes.len()) {
-            self.bytes[at + index] = bytes[index] | self.random() as u8;
+        self.torn = (whole < bytes.len()).then_some(at + whole);
+        let half = whole..(whole + WRITE).min(bytes.len());
+        // What is half written may still read as erased.
+        if !self.random().is_multiple_of(4) {
+            for (index, byte) in half.clone().zip(&bytes[half]) {
+                self.bytes[at + index] = byte | self.random() as u8;
+            }
         }
         Err(SimError::PowerCut)
     }

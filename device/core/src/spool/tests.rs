@@ -318,7 +318,7 @@ struct Script {
     given: BTreeMap<SampleKey, (u64, Option<LossReason>)>,
 }
 
-const STEPS: u64 = 170;
+const STEPS: u64 = 240;
 
 impl Script {
     fn run<const WRITE: usize>(&mut self, spool: &mut Small<'_, '_, WRITE>) {
@@ -327,10 +327,11 @@ impl Script {
             let mixed = crate::sketch::mix(step);
             self.step += 1;
             if mixed % 8 < 6 {
-                let frame = if mixed % 29 == 0 { 0 } else { step };
+                let oversize = mixed.is_multiple_of(29);
+                let frame = if oversize { 0 } else { step };
                 let long = [0; ERASE];
                 let bytes = payload(frame);
-                let content = if mixed % 29 == 0 { &long[..] } else { &bytes };
+                let content = if oversize { &long[..] } else { &bytes };
                 let value = (mixed >> 20) as f32 % 100.0 / 100.0;
                 let pushed = spool.push(&mut sample(frame, content), value);
                 if !spool.flash().is_cut() {
@@ -345,7 +346,7 @@ impl Script {
             } else {
                 let shipped = ship(spool, &mut self.cloud, 4);
                 if let Ok(Some((epoch, numbers))) = shipped
-                    && mixed % 3 > 0
+                    && !mixed.is_multiple_of(3)
                 {
                     let low = numbers[0] - numbers[0] % 2;
                     let _ = spool.acknowledge(epoch, &[(low, *numbers.last().unwrap())]);
