@@ -161,6 +161,14 @@ impl<'a, F: NorFlash, const N: usize, const B: usize> Device<'a, F, N, B> {
         }
     }
 
+    /// Goes on where the slot was interrupted; to be called once after [`Device::start`].
+    ///
+    /// # Errors
+    /// [`Failure::Endless`], which would be a bug.
+    pub fn boot(&mut self, board: &mut impl Board) -> Result<(), Failure> {
+        self.slot(slot::Event::Boot, board)
+    }
+
     /// Takes an input and has the board do everything that follows from it.
     ///
     /// # Errors
@@ -204,6 +212,11 @@ impl<'a, F: NorFlash, const N: usize, const B: usize> Device<'a, F, N, B> {
         self.slot.record()
     }
 
+    /// The spool's flash.
+    pub fn flash(&self) -> &F {
+        self.spool.flash()
+    }
+
     /// Scores a frame; keeps it if the trigger says so.
     fn frame(
         &mut self,
@@ -222,6 +235,14 @@ impl<'a, F: NorFlash, const N: usize, const B: usize> Device<'a, F, N, B> {
         };
         if let Some(flag) = flag {
             self.keep(now_ms, answer, scores, flag);
+        }
+        if self.slot.on_trial() {
+            let event = slot::Event::Frame {
+                latency_us: answer.latency_us,
+                confidence: scores.confidence,
+                live_confidence: None,
+            };
+            self.slot(event, board)?;
         }
         Ok(())
     }

@@ -7,6 +7,7 @@
 
 mod batch;
 mod device;
+pub mod replay;
 
 pub use batch::{BatchError, HEAD_MAX, SIGNATURE_MAX, batch};
 pub use device::{Board, Config, Counts, Device, Failure, Identity};
@@ -49,6 +50,8 @@ pub struct Answer<'a> {
     pub frame: u64,
     /// Which encounter it belongs to.
     pub track: u64,
+    /// What the inference took, in microseconds.
+    pub latency_us: u32,
     /// Unnormalised class scores.
     pub logits: Vec<f32, CLASSES>,
     /// The embedding.

@@ -61,7 +61,9 @@ fn report() -> Result<(), ()> {
     let (mut load_peak, mut resident) = (0, 0);
     let result = run(&mut out, slot, |step| {
         if step == Step::Loaded {
-            load_peak = ALLOCATOR.peak.swap(ALLOCATOR.heap.used(), Ordering::Relaxed);
+            load_peak = ALLOCATOR
+                .peak
+                .swap(ALLOCATOR.heap.used(), Ordering::Relaxed);
             resident = ALLOCATOR.heap.used();
         }
     });

@@ -40,7 +40,10 @@ impl fmt::Display for PlanError {
         match self {
             Self::Record(error) => error.fmt(f),
             Self::Buffer { what, found, want } => {
-                write!(f, "{what} buffer has {found} values, the model wants {want}")
+                write!(
+                    f,
+                    "{what} buffer has {found} values, the model wants {want}"
+                )
             }
             Self::Run(why) => write!(f, "inference failed: {why}"),
         }
@@ -127,7 +130,9 @@ fn copy(tensor: Tensor<2>, to: &mut [f32]) -> Result<(), PlanError> {
         .as_slice::<f32>()
         .map_err(|error| PlanError::Run(alloc::format!("{error:?}")))?;
     if values.len() != to.len() || !values.iter().all(|value| value.is_finite()) {
-        return Err(PlanError::Run("a value is missing or not finite".to_string()));
+        return Err(PlanError::Run(
+            "a value is missing or not finite".to_string(),
+        ));
     }
     to.copy_from_slice(values);
     Ok(())

@@ -99,7 +99,11 @@ pub fn slot_bytes() -> Result<Vec<u8>, ModelError> {
 ///
 /// # Errors
 /// [`Failure`].
-pub fn run(out: &mut impl Write, slot: &[u8], mut measure: impl FnMut(Step)) -> Result<(), Failure> {
+pub fn run(
+    out: &mut impl Write,
+    slot: &[u8],
+    mut measure: impl FnMut(Step),
+) -> Result<(), Failure> {
     let (record, _) = envelope::split(slot, SLOT).map_err(|_| Failure::Slot)?;
     // Blank flash of zeros is an envelope of nothing.
     let Some((_, cut)) = record.split_last() else {
@@ -127,7 +131,9 @@ pub fn run(out: &mut impl Write, slot: &[u8], mut measure: impl FnMut(Step)) -> 
         measure(Step::End);
         for (name, values) in [("logits", &logits), ("embedding", &embedding)] {
             write!(out, "infer: picture {picture} {name}")?;
-            values.iter().try_for_each(|value| write!(out, " {value:.8}"))?;
+            values
+                .iter()
+                .try_for_each(|value| write!(out, " {value:.8}"))?;
             writeln!(out)?;
         }
     }
@@ -219,10 +225,7 @@ mod tests {
         assert_eq!(difference(&first, &second), Ok(0.0));
         let at = slot.len() / 2;
         slot[at] ^= 1;
-        assert_eq!(
-            run(&mut String::new(), &slot, |_| {}),
-            Err(Failure::Slot)
-        );
+        assert_eq!(run(&mut String::new(), &slot, |_| {}), Err(Failure::Slot));
         assert_eq!(
             run(&mut String::new(), &[0; 64], |_| {}),
             Err(Failure::Slot)
