@@ -111,8 +111,8 @@ pub struct Counts {
     pub unscored: u32,
 }
 
-/// A device; `N` is the length of the spool's table, `B` that of its one message buffer.
-pub struct Device<'a, F, const N: usize, const B: usize> {
+/// A device; `N` is the length of the spool's table.
+pub struct Device<'a, F, const N: usize> {
     identity: &'a Identity,
     params: Params<'a>,
     trigger: Trigger,
@@ -120,45 +120,44 @@ pub struct Device<'a, F, const N: usize, const B: usize> {
     spool: Spool<F, N>,
     uplink: Uplink,
     slot: Slot,
-    buffer: [u8; B],
+    buffer: &'a mut [u8],
     counts: Counts,
 }
 
-impl<'a, F: NorFlash, const N: usize, const B: usize> Device<'a, F, N, B> {
-    /// Starts with the spool that lies in `flash` and the slot record that the board has kept.
+impl<'a, F: NorFlash, const N: usize> Device<'a, F, N> {
+    /// Starts, in `place`, with the spool that lies in `flash` and the slot record that the board
+    /// has kept. `buffer` is where messages are built: a slot and [`HEAD_MAX`] and
+    /// [`SIGNATURE_MAX`] bytes.
     ///
     /// # Errors
     /// [`Failure::Trigger`] or [`Failure::Spool`].
+    #[inline(never)] // What is moved into place is on the stack twice; so only until this returns.
     pub fn start(
-        identity: &'a Identity,
-        params: Params<'a>,
-        config: Config,
+        place: &mut Option<Self>,
+        (identity, params, config): (&'a Identity, Params<'a>, Config),
         record: SlotRecord,
         flash: F,
-    ) -> Result<(Self, Recovery), Failure> {
-        let trigger = Trigger::new(config.trigger).map_err(Failure::Trigger)?;
+        buffer: &'a mut [u8],
+    ) -> Result<Recovery, Failure> {
         let range = 0..flash.capacity() as u32;
         let (spool, recovery) = Spool::open(flash, range, config.slot_bytes)?;
-        let device = Self {
+        // A record that fits a slot must fit the buffer, or the spool would never be empty again.
+        let longest = (config.slot_bytes - OVERHEAD) as usize;
+        if buffer.len() < HEAD_MAX + longest + SIGNATURE_MAX {
+            return Err(Failure::Spool);
+        }
+        *place = Some(Self {
             identity,
             params,
-            trigger,
+            trigger: Trigger::new(config.trigger).map_err(Failure::Trigger)?,
             flicker: Flicker::default(),
             spool,
             uplink: Uplink::new(config.uplink),
             slot: Slot::new(record),
-            buffer: [0; B],
+            buffer,
             counts: Counts::default(),
-        };
-        // A record that fits a slot must fit the buffer, or the spool would never be empty again.
-        const {
-            assert!(B > HEAD_MAX + SIGNATURE_MAX, "the buffer holds no record");
-        }
-        let room = (B - HEAD_MAX - SIGNATURE_MAX) as u32;
-        match room >= config.slot_bytes - OVERHEAD {
-            true => Ok((device, recovery)),
-            false => Err(Failure::Spool),
-        }
+        });
+        Ok(recovery)
     }
 
     /// Goes on where the slot was interrupted; to be called once after [`Device::start`].
@@ -454,13 +453,13 @@ impl<'a, F: NorFlash, const N: usize, const B: usize> Device<'a, F, N, B> {
 
     #[inline(never)]
     fn send(&mut self, max_records: u32, board: &mut impl Board) -> Result<u32, Failure> {
-        let room = HEAD_MAX..B - SIGNATURE_MAX;
+        let room = HEAD_MAX..self.buffer.len() - SIGNATURE_MAX;
         let most = u16::try_from(max_records).unwrap_or(u16::MAX);
         let Some(taken) = self.spool.take(most, &mut self.buffer[room])? else {
             return Ok(0);
         };
         let message = batch(
-            &mut self.buffer,
+            self.buffer,
             &self.identity.device,
             (taken.epoch, taken.count, taken.len),
             |digest| board.sign(digest),

@@ -125,7 +125,7 @@ impl<C: FnMut() -> u32> Board for Port<C> {
     }
 }
 
-/// Plays `recording` on new flash. `clock` counts up, modulo 2³².
+/// Plays `recording` on new flash, building messages in `buffer`. `clock` counts up, modulo 2³².
 ///
 /// # Errors
 /// [`Failure`]: the recording is damaged, or the device fails on it.
@@ -133,6 +133,7 @@ pub fn replay(
     recording: &[u8],
     hardware: &'static str,
     flash: Flash<'_>,
+    buffer: &mut [u8; BUFFER],
     clock: impl FnMut() -> u32,
 ) -> Result<Summary, Failure> {
     let (start, mut rest): (Start<'_>, &[u8]) =
@@ -151,13 +152,10 @@ pub fn replay(
         since: None,
         ticks: 0,
     };
-    let (mut device, _) = Device::<_, ENTRIES, BUFFER>::start(
-        &identity,
-        params,
-        config(),
-        SlotRecord::default(),
-        flash,
-    )?;
+    let mut place: Option<Device<'_, _, ENTRIES>> = None;
+    let parts = (&identity, params, config());
+    Device::start(&mut place, parts, SlotRecord::default(), flash, buffer)?;
+    let device = place.as_mut().ok_or(Failure::Spool)?;
     device.boot(&mut port)?;
     for _ in 0..start.inputs {
         let (timed, after): (Timed<'_>, &[u8]) =

@@ -1,7 +1,7 @@
 //! The life that the product image plays again: recorded from the scenario without power cuts.
 
 use device_core::params::Params;
-use firmware_device::replay::{CELLS, Flash, Start, Summary, replay};
+use firmware_device::replay::{BUFFER, CELLS, Flash, Start, Summary, replay};
 use firmware_scenario::living::{key, live};
 use firmware_scenario::vectors::{DEVICE, HARDWARE, ROOT, SCORES};
 
@@ -43,8 +43,14 @@ pub fn make() -> Result<Vec<u8>, String> {
 pub fn expected() -> Result<String, String> {
     let recording = make()?;
     let mut cells = vec![0xFF; CELLS];
-    let summary = replay(&recording, HARDWARE, Flash::new(&mut cells), || 0)
-        .map_err(|failure| failure.to_string())?;
+    let summary = replay(
+        &recording,
+        HARDWARE,
+        Flash::new(&mut cells),
+        &mut [0; BUFFER],
+        || 0,
+    )
+    .map_err(|failure| failure.to_string())?;
     let Summary {
         counts,
         sent,
@@ -97,6 +103,15 @@ mod tests {
         let recording = make().unwrap();
         let mut cells = vec![0xFF; CELLS];
         let cut = &recording[..recording.len() - 1];
-        assert!(replay(cut, HARDWARE, Flash::new(&mut cells), || 0).is_err());
+        assert!(
+            replay(
+                cut,
+                HARDWARE,
+                Flash::new(&mut cells),
+                &mut [0; BUFFER],
+                || 0
+            )
+            .is_err()
+        );
     }
 }

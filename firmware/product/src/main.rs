@@ -11,7 +11,7 @@ use cortex_m::peripheral::syst::SystClkSource;
 use cortex_m::peripheral::{Peripherals, SYST};
 use cortex_m_rt::{STACK_PAINT_VALUE, entry, exception};
 use cortex_m_semihosting::{debug, hio};
-use firmware_device::replay::{CELLS, Flash, Summary, replay};
+use firmware_device::replay::{BUFFER, CELLS, Flash, Summary, replay};
 
 /// Longest recording in bytes.
 const RECORDING: usize = 8 << 20;
@@ -27,6 +27,9 @@ unsafe extern "C" {
     static _recording: [u8; RECORDING];
 }
 
+/// Where the device builds its messages.
+static mut MESSAGE: [u8; BUFFER] = [0; BUFFER];
+
 #[entry]
 fn main() -> ! {
     let status = run();
@@ -41,13 +44,19 @@ fn run() -> Result<(), ()> {
     syst.set_reload(RELOAD - 1);
     syst.clear_current();
     syst.enable_counter();
-    // SAFETY: memory that the linker script gives to nobody else; the first borrowed once, the
-    // second filled before the start and never written to.
-    let (nor, recording) = unsafe { (&mut *(&raw mut _nor), &*(&raw const _recording)) };
+    // SAFETY: memory that the linker script gives to nobody else, borrowed here only and once; the
+    // recording was put there before the start and is never written to.
+    let (nor, recording, message) = unsafe {
+        (
+            &mut *(&raw mut _nor),
+            &*(&raw const _recording),
+            &mut *(&raw mut MESSAGE),
+        )
+    };
     nor.fill(0xFF);
     // The counter counts down, and is scaled so that its 24 bits wrap like 32.
     let clock = || 0u32.wrapping_sub(SYST::get_current() << 8);
-    let summary = replay(recording, "cortexm7", Flash::new(nor), clock).map_err(drop)?;
+    let summary = replay(recording, "cortexm7", Flash::new(nor), message, clock).map_err(drop)?;
     report(&summary)
 }
 

@@ -21,7 +21,7 @@ use crate::stream::{Scene, Stream};
 use crate::vectors::{DEVICE, HARDWARE, MADE_MS, MANIFEST, OFFER, ROOT};
 
 /// The device under test.
-type Unit<'a, 'f, 'c> = Device<'a, &'f mut Flash<'c>, ENTRIES, BUFFER>;
+type Unit<'a, 'f, 'c> = Device<'a, &'f mut Flash<'c>, ENTRIES>;
 
 /// Sides of a frame; three bytes a pixel.
 const SIDE: usize = 32;
@@ -186,14 +186,17 @@ pub fn live(
         failure: None,
     };
     let mut world = World::new();
+    let mut buffer = [0; BUFFER];
     for life in 0..=cuts.len() {
         flash.restore();
         if let Some(&operations) = cuts.get(life) {
             flash.cut_after(operations, 7 + operations);
         }
-        let (mut device, found) =
-            Unit::start(&identity, *params, config(), bench.record, &mut flash)
-                .map_err(|_| Broken("the device does not start"))?;
+        let mut place: Option<Unit<'_, '_, '_>> = None;
+        let parts = (&identity, *params, config());
+        let found = Device::start(&mut place, parts, bench.record, &mut flash, &mut buffer)
+            .map_err(|_| Broken("the device does not start"))?;
+        let device = place.as_mut().ok_or(Broken("the device is gone"))?;
         device
             .boot(&mut bench)
             .map_err(|_| Broken("the slot does not start"))?;
@@ -202,8 +205,8 @@ pub fn live(
             "device: start at frame {}: {} held, {} lost in the crash",
             world.frame, found.held, found.crashed
         )?;
-        while !world.is_over(&device) {
-            world.step(&mut device, &mut bench, record)?;
+        while !world.is_over(device) {
+            world.step(device, &mut bench, record)?;
             if device.flash().is_cut() {
                 writeln!(out, "device: the power is cut at frame {}", world.frame)?;
                 bench.reset();
@@ -211,7 +214,7 @@ pub fn live(
             }
         }
         if life == cuts.len() {
-            audit(out, &device, &bench)?;
+            audit(out, device, &bench)?;
         }
     }
     Ok(())
