@@ -7,6 +7,7 @@
 //!
 //! | module | decides |
 //! |---|---|
+//! | [`thermal`] | nothing: a sensor on a bus of `embedded-hal`, for devices without a camera |
 //! | [`pace`] | whether the next frame may be taken now |
 //! | [`params`] | what the bytes of a score-parameter part mean |
 //! | [`score`] | how sure and how familiar a model's answer is, on one scale |
@@ -33,5 +34,6 @@ pub mod score;
 pub mod sketch;
 pub mod slot;
 pub mod spool;
+pub mod thermal;
 pub mod trigger;
 pub mod uplink;
