@@ -1,5 +1,8 @@
 //! One error for everything that can be wrong with a model's description or its bytes.
 
+use alloc::string::String;
+use alloc::vec::Vec;
+
 use thiserror::Error;
 
 /// Why a network could not be described, loaded, stored or exported.

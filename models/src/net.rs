@@ -5,10 +5,14 @@
 //! operations and no engine needs running statistics. Both are filled from
 //! [`Weights`](crate::Weights), the only place where values live.
 
+use alloc::vec::Vec;
+
 use burn::module::Module;
 use burn::nn::conv::{Conv2d, Conv2dConfig};
 use burn::nn::pool::AvgPool2dConfig;
-use burn::nn::{BatchNorm, BatchNormConfig, Linear, LinearConfig, PaddingConfig2d};
+#[cfg(feature = "std")]
+use burn::nn::BatchNormConfig;
+use burn::nn::{BatchNorm, Linear, LinearConfig, PaddingConfig2d};
 use burn::tensor::activation::relu;
 use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
@@ -166,6 +170,7 @@ pub struct Net {
 
 impl Net {
     /// An uninitialised network; its parameters must be filled from weights before use.
+    #[cfg(feature = "std")]
     pub(crate) fn empty(config: &NetConfig, device: &Device) -> Self {
         let blocks = config
             .stages()
@@ -200,6 +205,7 @@ impl Net {
 
     /// Makes the running statistics of the last training step on this thread readable by a
     /// visitor (batch norm holds them back until its next step).
+    #[cfg(feature = "std")]
     pub(crate) fn settle(&self) {
         for block in &self.blocks {
             block.norm.running_mean.value_sync();

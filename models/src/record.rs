@@ -4,7 +4,10 @@
 //! that equal weights give equal bytes and therefore equal digests; and everything about a record
 //! is checked before a module sees it, since burn aborts on some damaged input.
 
-use std::collections::BTreeMap;
+use alloc::collections::BTreeMap;
+use alloc::format;
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
 
 use burn::store::bridge;
 use burn::store::burn_pack::{Bytes, Reader, Tensor as PackTensor, Writer};

@@ -4,15 +4,28 @@
 //! in a framework: seeded initialisation (burn's generator is global to the process), growing the
 //! classifier, folding batch norms, and, in the trainer, averaging and stepping.
 
-use std::ops::Range;
-use std::sync::Arc;
+use alloc::borrow::ToOwned;
+use alloc::format;
+use alloc::string::String;
+use alloc::sync::Arc;
+use alloc::vec;
+use alloc::vec::Vec;
+use core::ops::Range;
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
-use burn::tensor::{Device, Gradients, Tensor, TensorData};
+use burn::module::{Module, ModuleMapper, Param};
+#[cfg(feature = "std")]
+use burn::module::ModuleVisitor;
+#[cfg(feature = "std")]
+use burn::tensor::Gradients;
+use burn::tensor::{Device, Tensor, TensorData};
+#[cfg(feature = "std")]
 use rand::{Rng, SeedableRng};
+#[cfg(feature = "std")]
 use rand_chacha::ChaCha8Rng;
 
-use crate::net::{BN_EPSILON, Frozen, Net, NetConfig};
+#[cfg(feature = "std")]
+use crate::net::Net;
+use crate::net::{BN_EPSILON, Frozen, NetConfig};
 use crate::{ModelError, record};
 
 /// What a tensor is for, which decides how it is initialised and whether an optimiser touches it.
@@ -49,6 +62,7 @@ pub struct Slot {
     /// What it is for.
     pub role: Role,
     /// Inputs of one output unit, for initialisation.
+    #[cfg_attr(not(feature = "std"), allow(dead_code))]
     fan_in: usize,
 }
 
@@ -67,6 +81,7 @@ impl Weights {
     ///
     /// # Errors
     /// [`ModelError::Config`].
+    #[cfg(feature = "std")]
     pub fn init(config: &NetConfig, seed: u64) -> Result<Self, ModelError> {
         let mut weights = Self::zeros(config)?;
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -84,8 +99,11 @@ impl Weights {
         Ok(weights)
     }
 
-    /// All-zero weights in the layout of `config`.
-    pub(crate) fn zeros(config: &NetConfig) -> Result<Self, ModelError> {
+    /// All-zero weights in the layout of `config`, to be filled through [`Weights::values_mut`].
+    ///
+    /// # Errors
+    /// [`ModelError::Config`].
+    pub fn zeros(config: &NetConfig) -> Result<Self, ModelError> {
         config.validate()?;
         let slots = layout(config);
         let len = slots.last().map_or(0, |slot| slot.range.end);
@@ -147,6 +165,7 @@ impl Weights {
     ///
     /// # Errors
     /// [`ModelError::Grow`] when `config` differs in anything but a class count at least as large.
+    #[cfg(feature = "std")]
     pub fn grow(&self, config: &NetConfig, seed: u64) -> Result<Self, ModelError> {
         let (old, new) = (self.config.classes, config.classes);
         if (NetConfig {
@@ -189,6 +208,7 @@ impl Weights {
     }
 
     /// The trainable network on `device` (an autodiff device, to train it).
+    #[cfg(feature = "std")]
     pub fn net(&self, device: &Device) -> Net {
         let mut filler = Filler {
             slots: self.slots.iter(),
@@ -211,6 +231,7 @@ impl Weights {
     /// What one training step on `net` says about each value, laid out as [`Weights::values`]:
     /// the gradient of a trained tensor, the new value of a running statistic. Both may be averaged
     /// over shards. Must be called on the thread that ran `net`'s forward pass.
+    #[cfg(feature = "std")]
     pub fn harvest(&self, net: &Net, grads: &Gradients) -> Vec<f32> {
         net.settle();
         let mut out = vec![0.0; self.values.len()];
@@ -247,7 +268,7 @@ impl Weights {
             let scale: Vec<f32> = gamma
                 .iter()
                 .zip(var)
-                .map(|(g, v)| (f64::from(*g) / (f64::from(*v) + BN_EPSILON).sqrt()) as f32)
+                .map(|(g, v)| (f64::from(*g) / libm::sqrt(f64::from(*v) + BN_EPSILON)) as f32)
                 .collect();
             let per_output = weight.len() / scale.len();
             push(
@@ -322,20 +343,22 @@ fn layout(config: &NetConfig) -> Vec<Slot> {
 }
 
 /// A standard normal value (Box–Muller).
+#[cfg(feature = "std")]
 fn normal(rng: &mut ChaCha8Rng) -> f32 {
     let u = 1.0 - unit(rng);
     let v = unit(rng);
-    ((-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()) as f32
+    ((-2.0 * u.ln()).sqrt() * (core::f64::consts::TAU * v).cos()) as f32
 }
 
 /// A uniform value in [0, 1).
+#[cfg(feature = "std")]
 fn unit(rng: &mut ChaCha8Rng) -> f64 {
     (rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64
 }
 
 /// Fills a module's tensors from slots, in visiting order.
 struct Filler<'a> {
-    slots: std::slice::Iter<'a, Slot>,
+    slots: core::slice::Iter<'a, Slot>,
     values: &'a [f32],
 }
 
@@ -354,12 +377,14 @@ impl ModuleMapper for Filler<'_> {
 }
 
 /// Copies gradients and running statistics into a flat vector, in visiting order.
+#[cfg(feature = "std")]
 struct Reader<'a> {
-    slots: std::slice::Iter<'a, Slot>,
+    slots: core::slice::Iter<'a, Slot>,
     grads: &'a Gradients,
     out: &'a mut [f32],
 }
 
+#[cfg(feature = "std")]
 impl ModuleVisitor for Reader<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let Some(slot) = self.slots.next() else {

@@ -5,9 +5,15 @@
 //! On MQTT, which delimits by itself, the same envelope is used, so that one decoder and one
 //! check serve all transports and the spool on disk.
 
-use crc::{CRC_32_ISCSI, Crc, Table};
+use crc::{CRC_32_ISCSI, Crc};
 
-const CRC32: Crc<u32, Table<16>> = Crc::<u32, Table<16>>::new(&CRC_32_ISCSI);
+// 16 KiB of tables where memory is plenty, none where it is flash.
+#[cfg(not(target_os = "none"))]
+type Tables = crc::Table<16>;
+#[cfg(target_os = "none")]
+type Tables = crc::NoTable;
+
+const CRC32: Crc<u32, Tables> = Crc::<u32, Tables>::new(&CRC_32_ISCSI);
 
 /// Bytes in front of the payload.
 pub const HEADER: usize = 8;

@@ -7,6 +7,7 @@
 //!
 //! | module | decides |
 //! |---|---|
+//! | [`thermal`] | nothing: a sensor on a bus of `embedded-hal`, for devices without a camera |
 //! | [`pace`] | whether the next frame may be taken now |
 //! | [`params`] | what the bytes of a score-parameter part mean |
 //! | [`score`] | how sure and how familiar a model's answer is, on one scale |
@@ -17,6 +18,7 @@
 //! | [`quantile`] | where the best few percent of a stream begin |
 //! | [`bucket`] | how many bytes may leave |
 //! | [`trigger`] | whether the frame is worth its upload, and in which lane |
+//! | [`spool`] | what is kept in NOR flash until the cloud has it |
 //! | [`uplink`] | when to connect, send, wait, resend and change transport |
 //! | [`slot`] | whether an offered model becomes the live one |
 #![no_std]
@@ -35,5 +37,7 @@ pub mod quantile;
 pub mod score;
 pub mod sketch;
 pub mod slot;
+pub mod spool;
+pub mod thermal;
 pub mod trigger;
 pub mod uplink;

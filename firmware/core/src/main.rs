@@ -10,12 +10,14 @@ use core::ptr;
 
 use cortex_m_rt::{ExceptionFrame, STACK_PAINT_VALUE, entry, exception};
 use cortex_m_semihosting::{debug, hio};
+use firmware_device::replay::CELLS;
 use panic_semihosting as _;
 
 unsafe extern "C" {
     // Set by the linker script of cortex-m-rt; only their addresses mean something.
     static _stack_end: u32;
     static _stack_start: u32;
+    static mut _nor: [u8; CELLS];
 }
 
 #[entry]
@@ -29,7 +31,10 @@ fn main() -> ! {
 /// Runs the scenario; an error if it failed, if output is lost or if the stack was used up.
 fn report() -> Result<(), ()> {
     let mut out = hio::hstdout()?;
-    let result = firmware_scenario::run(&mut out);
+    // SAFETY: memory that the linker script gives to nobody else, borrowed once.
+    let nor = unsafe { &mut *(&raw mut _nor) };
+    nor.fill(0xFF);
+    let result = firmware_scenario::run(&mut out, nor);
     let (used, size) = stack();
     writeln!(out, "device: stack {used} of {size} bytes").map_err(drop)?;
     if let Err(failure) = result {

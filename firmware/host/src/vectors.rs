@@ -292,7 +292,7 @@ mod tests {
     fn the_scenario_holds_and_repeats() {
         let [first, second] = [(); 2].map(|()| {
             let mut text = String::new();
-            firmware_scenario::run(&mut text).unwrap();
+            firmware_scenario::run(&mut text, &mut crate::flash()).unwrap();
             text
         });
         assert_eq!(first, second);
@@ -307,7 +307,7 @@ mod tests {
                 Ok(())
             }
         }
-        let failure = firmware_scenario::run(&mut Full(2000)).unwrap_err();
+        let failure = firmware_scenario::run(&mut Full(2000), &mut crate::flash()).unwrap_err();
         assert_eq!(failure, firmware_scenario::Failure::Output);
     }
 

@@ -1,7 +1,8 @@
 //! What the image runs on the microcontroller and `firmware-host` on a host, so that their outputs
 //! can be compared byte by byte: an offer is verified, answers are scored, a stream is flagged
-//! under a budget, and a model goes through the slot. The code under test is `flywheel-shared` and
-//! `device-core`, unchanged; this crate only feeds it and prints.
+//! under a budget, a model goes through the slot, and a whole device lives through an outage and
+//! two power cuts. The code under test is `flywheel-shared`, `device-core` and `firmware-device`,
+//! unchanged; this crate only feeds it and prints.
 //!
 //! Every number that is printed is either an integer, an `f32` with five decimals, or a
 //! fingerprint over the bits of many `f32`, which no rounding can hide from.
@@ -10,7 +11,9 @@
 
 use core::fmt::{self, Write};
 
+mod cloud;
 mod flagging;
+pub mod living;
 mod proving;
 mod report;
 mod scoring;
@@ -48,12 +51,14 @@ impl From<fmt::Error> for Failure {
 ///
 /// # Errors
 /// [`Failure::Output`] if `out` fails; [`Failure::Broken`] if a forgery is believed, a good offer
-/// is not, the budget is exceeded, or the model does not end up live.
-pub fn run(out: &mut impl Write) -> Result<(), Failure> {
+/// is not, the budget is exceeded, the model does not end up live, or a flagged sample is neither
+/// acknowledged nor booked. `flash` holds [`firmware_device::replay::CELLS`] bytes or more, all erased.
+pub fn run(out: &mut impl Write, flash: &mut [u8]) -> Result<(), Failure> {
     // The parts are never inlined, so that the stack holds the buffers of one of them at a time.
     let manifest = trusting::run(out)?;
     let mut values = [0.0; scoring::VALUES];
     let params = scoring::run(out, &mut values)?;
     flagging::run(out, &params)?;
-    proving::run(out, &manifest, &params)
+    proving::run(out, &manifest, &params)?;
+    living::run(out, &params, flash)
 }

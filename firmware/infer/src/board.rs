@@ -1,0 +1,92 @@
+//! The image: heap, model slot, counter of cycles, and how a run ends.
+
+use core::alloc::{GlobalAlloc, Layout};
+use core::fmt::Write as _;
+use core::sync::atomic::{AtomicUsize, Ordering};
+
+use cortex_m_rt::{ExceptionFrame, entry, exception};
+use cortex_m_semihosting::{debug, hio};
+use embedded_alloc::LlffHeap;
+use firmware_infer::run::{SLOT, Step, run};
+use panic_semihosting as _;
+
+/// Where the emulator puts the model slot, as external flash would be mapped.
+const SLOT_AT: usize = 0x6000_0000;
+/// The heap, above the slot in the same memory.
+const HEAP_AT: usize = 0x6040_0000;
+/// Its size in bytes. Reading a record takes most of it; see the peaks that are printed.
+const HEAP: usize = 4 << 20;
+
+/// The heap, and the most that was ever taken of it.
+struct Counted {
+    heap: LlffHeap,
+    peak: AtomicUsize,
+}
+
+// SAFETY: everything is passed on to the heap; counting touches no memory of it.
+unsafe impl GlobalAlloc for Counted {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        // SAFETY: the caller's promise is the heap's.
+        let block = unsafe { self.heap.alloc(layout) };
+        self.peak.fetch_max(self.heap.used(), Ordering::Relaxed);
+        block
+    }
+
+    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise is the heap's.
+        unsafe { self.heap.dealloc(block, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counted = Counted {
+    heap: LlffHeap::empty(),
+    peak: AtomicUsize::new(0),
+};
+
+#[entry]
+fn main() -> ! {
+    // SAFETY: called once, before anything is allocated; nothing else lies at these addresses.
+    unsafe { ALLOCATOR.heap.init(HEAP_AT, HEAP) };
+    let status = report();
+    loop {
+        debug::exit(status);
+    }
+}
+
+fn report() -> Result<(), ()> {
+    let mut out = hio::hstdout()?;
+    // SAFETY: memory that the emulator filled before the start and nobody writes to.
+    let slot = unsafe { core::slice::from_raw_parts(SLOT_AT as *const u8, SLOT) };
+    let (mut load_peak, mut resident) = (0, 0);
+    let result = run(&mut out, slot, |step| {
+        if step == Step::Loaded {
+            load_peak = ALLOCATOR
+                .peak
+                .swap(ALLOCATOR.heap.used(), Ordering::Relaxed);
+            resident = ALLOCATOR.heap.used();
+        }
+    });
+    let run_peak = ALLOCATOR.peak.load(Ordering::Relaxed);
+    writeln!(
+        out,
+        "device: heap {HEAP} bytes, {load_peak} at most while loading, {resident} loaded, {run_peak} at most while running"
+    )
+    .map_err(drop)?;
+    if let Err(failure) = result {
+        writeln!(out, "device: FAILED: {failure}").map_err(drop)?;
+        return Err(());
+    }
+    Ok(())
+}
+
+#[exception]
+unsafe fn HardFault(frame: &ExceptionFrame) -> ! {
+    if let Ok(mut out) = hio::hstdout() {
+        // There is nobody left to tell if this write fails.
+        let _ = writeln!(out, "device: FAILED: hard fault at {:#010x}", frame.pc());
+    }
+    loop {
+        debug::exit(debug::EXIT_FAILURE);
+    }
+}
