@@ -16,12 +16,8 @@ const ENERGY: f32 = 64.0;
 /// # Errors
 /// [`ParamsError::Shape`] for a number of classes that parameters can't hold.
 pub fn neutral(classes: usize) -> Result<Vec<u8>, ParamsError> {
-    let shape = Shape {
-        classes: u16::try_from(classes).unwrap_or(u16::MAX),
-        dim: 0,
-        table: TABLE,
-    }
-    .check()?;
+    let classes = u16::try_from(classes).unwrap_or(u16::MAX);
+    let shape = Shape::plain(classes, 0, TABLE).check()?;
     let layout = shape.layout();
     let mut values = vec![0.0f32; shape.values()];
     values[layout.temperature] = 1.0;

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use cloud_trainer::{Example, TrainConfig};
 use device_engine::{EngineKind, ModelBytes, Output, Plan, preprocess};
 use flywheel_models::{NetConfig, Weights};
-use flywheel_shared::spec::{InputSpec, ModelSpec};
+use flywheel_shared::spec::{ClassOutput, InputSpec, ModelSpec, Task};
 
 use super::pictures::Item;
 
@@ -72,11 +72,9 @@ impl Subject {
             .max()
             .unwrap_or(1);
         let spec = InputSpec {
-            width: side as u16,
-            height: side as u16,
-            channels,
             mean: [0.5; 3],
             std: [0.25; 3],
+            ..InputSpec::new(side as u16, side as u16, channels)
         };
         let net = NetConfig {
             channels: usize::from(channels),
@@ -115,6 +113,7 @@ impl Subject {
                     labels: &names,
                     input: spec,
                     embedding: EMBEDDING as u16,
+                    task: Task::Classify(ClassOutput::Logits),
                 },
             },
         )?;
@@ -145,6 +144,7 @@ impl Subject {
                 &self.input,
                 &mut Output {
                     logits: &mut logits,
+                    heads: &mut [],
                     embedding: &mut embedding,
                 },
             )?;

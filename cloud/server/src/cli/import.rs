@@ -366,6 +366,8 @@ fn fit(package: &Package, dir: &Path, notes: &mut Vec<String>) -> Result<Vec<u8>
         held_logits: &held.logits,
         held_embeddings: &held.embeddings,
         held_labels: &held.labels,
+        // No lane uses the distance to decision boundaries.
+        head: None,
         shrinkage: None,
     })
     .with_context(flag)

@@ -20,6 +20,9 @@ use crate::wire;
 /// Golden inputs that are made where a model comes without.
 const GOLDEN_FRAMES: usize = 4;
 /// Knots of the score tables that are made where a model comes without.
+/// Prototypes of a calibrated model at most, in all and of a class.
+const PROTOTYPES: u16 = 256;
+const PROTOTYPES_EACH: u16 = 20;
 const TABLE: u16 = 64;
 
 /// Opens a folder with a `model.toml` or with parts, an ONNX file (an image classifier, run as it
@@ -146,14 +149,15 @@ fn complete(mut parts: BTreeMap<PartKind, Vec<u8>>) -> Result<Package> {
     Ok(Package::unsigned(parts))
 }
 
-/// Score parameters that know nothing but cost what real ones cost: every class has a mean.
+/// Score parameters that know nothing but cost what real ones cost: every class has a mean and
+/// prototypes.
 fn neutral_scores(spec: &ModelSpec<'_>) -> Result<Vec<u8>> {
-    let shape = Shape {
-        classes: u16::try_from(spec.classes().max(1)).context("too many classes")?,
-        dim: spec.embedding,
-        table: TABLE,
+    let classes = u16::try_from(spec.classes().max(1)).context("too many classes")?;
+    let mut shape = Shape::plain(classes, spec.embedding, TABLE);
+    if spec.embedding > 0 {
+        shape.prototypes = classes.saturating_mul(PROTOTYPES_EACH).min(PROTOTYPES);
     }
-    .check()?;
+    let shape = shape.check()?;
     let layout = shape.layout();
     let mut values = vec![0.0; shape.values()];
     values[layout.temperature] = 1.0;
@@ -166,8 +170,17 @@ fn neutral_scores(spec: &ModelSpec<'_>) -> Result<Vec<u8>> {
             diagonal += row + 2;
         }
     }
-    for (table, low, high) in [(layout.unsure, -1.0, 0.0), (layout.novel, -10.0, 10.0)] {
-        let last = (table.len() - 1) as f32;
+    let dim = usize::from(shape.dim);
+    for (i, at) in layout.prototypes.step_by(dim.max(1)).enumerate() {
+        values[at + i % dim] = 1.0;
+    }
+    for (table, low, high) in [
+        (layout.unsure, -1.0, 0.0),
+        (layout.novel, -10.0, 10.0),
+        (layout.near, 0.0, 2.0),
+        (layout.fused, 0.0, 2.0),
+    ] {
+        let last = table.len().saturating_sub(1) as f32;
         for (i, knot) in values[table].iter_mut().enumerate() {
             *knot = low + (high - low) * i as f32 / last;
         }
