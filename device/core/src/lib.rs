@@ -8,6 +8,9 @@
 //! | module | decides |
 //! |---|---|
 //! | [`pace`] | whether the next frame may be taken now |
+//! | [`governor`] | how far frames are spaced to hold a rate or a share of the processor |
+//! | [`backlog`] | which captured frames wait, and which give way when inference is behind |
+//! | [`shadow`] | which frames a second model looks at |
 //! | [`params`] | what the bytes of a score-parameter part mean |
 //! | [`score`] | how sure and how familiar a model's answer is, on one scale |
 //! | [`sketch`] | what looks alike: signatures of embeddings, and counts of what was sent |
@@ -23,12 +26,15 @@
 #[cfg(test)]
 extern crate std;
 
+pub mod backlog;
 pub mod bucket;
 pub mod flicker;
+pub mod governor;
 pub mod pace;
 pub mod params;
 pub mod quantile;
 pub mod score;
+pub mod shadow;
 pub mod sketch;
 pub mod slot;
 pub mod trigger;
