@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
 use flywheel_shared::ids::{DeviceId, IdError};
 use tracing_subscriber::EnvFilter;
 
@@ -16,15 +16,26 @@ use crate::enroll::{self, Request};
 #[derive(Debug, Parser)]
 #[command(name = "flywheel-agent", version, about)]
 struct Arguments {
+    /// How the log on stderr is written.
+    #[arg(long, value_enum, default_value_t = Log::Text, global = true)]
+    log: Log,
     #[command(subcommand)]
     command: Command,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Log {
+    /// For people.
+    Text,
+    /// One JSON object a line, for machines.
+    Json,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Watch a source of frames until SIGTERM or SIGINT, and keep the cloud informed.
     #[command(
-        after_help = "Example:\n  flywheel-agent run --config /etc/flywheel/agent.toml\n\nFLYWHEEL_LOG sets what is logged to stderr: FLYWHEEL_LOG=debug"
+        after_help = "Example:\n  flywheel-agent run --config /etc/flywheel/agent.toml\n\nFLYWHEEL_LOG sets what is logged to stderr: FLYWHEEL_LOG=debug; --log json how.\nUnder systemd: Type=notify, and WatchdogSec= restarts it when frames stop to advance."
     )]
     Run {
         /// Configuration, TOML.
@@ -85,12 +96,15 @@ pub fn run_from(arguments: impl Iterator<Item = OsString>) -> ExitCode {
         }
     };
     let filter = EnvFilter::try_from_env("FLYWHEEL_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    // It fails only if logging is set up already.
-    let _ = tracing_subscriber::fmt()
+    let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
-        .with_ansi(false)
-        .try_init();
+        .with_ansi(false);
+    // It fails only if logging is set up already.
+    let _ = match arguments.log {
+        Log::Text => log.try_init(),
+        Log::Json => log.json().flatten_event(true).try_init(),
+    };
     match execute(arguments.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -3,10 +3,12 @@
 //!
 //! Decisions are [`device_core`]'s; this crate owns files, sockets, threads and clocks. Two
 //! threads meet in [`shared`]: the frame loop ([`pipeline`]) and the link to the cloud ([`link`]).
+//! At a pace with a rate a third one reads the source ([`capture`]).
 //!
 //! | module | holds |
 //! |---|---|
 //! | [`source`] | where frames come from |
+//! | [`capture`] | reading the source at its rate, whatever inference does |
 //! | [`pipeline`] | the frame loop |
 //! | [`spool`] | flagged samples until they are acknowledged |
 //! | [`models`] | packages on disk, the slot, loaded models |
@@ -14,16 +16,22 @@
 //! | [`transport`] | QUIC and MQTT |
 //! | [`state`] | what survives restarts |
 //! | [`identity`], [`enroll`] | who the device is |
+//! | [`metrics`] | what is counted and timed, for Prometheus |
+//! | [`notify`] | what systemd is told |
 #![forbid(unsafe_code)]
 
 pub mod agent;
+pub mod capture;
 pub mod cli;
+pub mod clock;
 pub mod config;
 pub mod enroll;
 mod files;
 pub mod identity;
 pub mod link;
+pub mod metrics;
 pub mod models;
+pub mod notify;
 pub mod pipeline;
 pub mod shared;
 pub mod source;

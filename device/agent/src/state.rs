@@ -67,6 +67,16 @@ pub struct Progress {
     pub bytes_seen: u64,
     /// Frames that could not be read.
     pub skipped: u64,
+    /// Frames given up because inference was behind.
+    pub dropped: u64,
+}
+
+/// Progress as agents before 0.2 stored it.
+#[derive(Deserialize)]
+struct OldProgress {
+    frame: u64,
+    bytes_seen: u64,
+    skipped: u64,
 }
 
 const EPOCH: &str = "boot epoch";
@@ -75,6 +85,7 @@ const BYTES_UP: &str = "bytes up";
 const SLOT: &str = "slot record";
 const FLOOR: &str = "model floor";
 const SOURCE: &str = "source";
+const MARK: &str = "source mark";
 const ACCOUNTS: &str = "spool accounts";
 
 /// The agent's database and the lock on its data folder.
@@ -117,15 +128,45 @@ impl State {
 
     /// How far the source with this URI was read; from the start for another one.
     pub fn progress(&self, source: &str) -> Result<Progress, StateError> {
-        let progress: Progress = self.get(PROGRESS)?.unwrap_or_default();
-        let last: Option<String> = self.get(SOURCE)?;
-        if last.as_deref() == Some(source) {
+        let progress = match self.get::<Progress>(PROGRESS) {
+            Err(StateError::Malformed { .. }) => {
+                let old: Option<OldProgress> = self.get(PROGRESS)?;
+                old.map(|old| Progress {
+                    frame: old.frame,
+                    bytes_seen: old.bytes_seen,
+                    skipped: old.skipped,
+                    dropped: 0,
+                })
+            }
+            progress => progress?,
+        }
+        .unwrap_or_default();
+        if self.is_last_source(source)? {
             return Ok(progress);
         }
         Ok(Progress {
             frame: 0,
             ..progress
         })
+    }
+
+    /// Where the source with this URI goes on; empty if it is another one than last time, or needs
+    /// no mark.
+    pub fn mark(&self, source: &str) -> Result<String, StateError> {
+        if !self.is_last_source(source)? {
+            return Ok(String::new());
+        }
+        Ok(self.get(MARK)?.unwrap_or_default())
+    }
+
+    /// Sets the mark; durable with the next [`State::save_progress`], which also names its source.
+    pub fn set_mark(&self, mark: &str) -> Result<(), StateError> {
+        self.put(MARK, &mark)
+    }
+
+    fn is_last_source(&self, source: &str) -> Result<bool, StateError> {
+        let last: Option<String> = self.get(SOURCE)?;
+        Ok(last.as_deref() == Some(source))
     }
 
     /// Saves progress and the bytes sent so far; durable on return.
@@ -332,11 +373,31 @@ mod tests {
             frame: 640,
             bytes_seen: 9000,
             skipped: 2,
+            dropped: 5,
         };
+        state.set_mark("b.jpg").unwrap();
         state.save_progress("sim:roads", &progress, 77).unwrap();
         assert_eq!(state.progress("sim:roads").unwrap(), progress);
         assert_eq!(state.bytes_up().unwrap(), 77);
         let other = state.progress("dir:pictures").unwrap();
         assert_eq!((other.frame, other.bytes_seen), (0, 9000));
+        assert_eq!(state.mark("sim:roads").unwrap(), "b.jpg");
+        assert_eq!(state.mark("dir:pictures").unwrap(), "");
+    }
+
+    #[test]
+    fn progress_of_an_older_agent_is_understood() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = State::open(folder.path()).unwrap();
+        state.put(PROGRESS, &(640u64, 9000u64, 2u64)).unwrap();
+        state.put(SOURCE, &"sim:roads").unwrap();
+        let progress = state.progress("sim:roads").unwrap();
+        assert_eq!((progress.frame, progress.bytes_seen), (640, 9000));
+        assert_eq!((progress.skipped, progress.dropped), (2, 0));
+        state.put(PROGRESS, &7u8).unwrap();
+        assert!(matches!(
+            state.progress("sim:roads"),
+            Err(StateError::Malformed { .. })
+        ));
     }
 }

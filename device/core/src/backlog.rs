@@ -41,6 +41,17 @@ pub struct Taken {
     pub skipped: u64,
 }
 
+/// How far a source came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Totals {
+    /// Index of the frame that is captured next.
+    pub next: u64,
+    /// Frames never looked at, since the backlog was made.
+    pub dropped: u64,
+    /// Indices without a frame, since the backlog was made.
+    pub skipped: u64,
+}
+
 /// A bounded queue of frame indices that drops the oldest.
 #[derive(Clone, Debug)]
 pub struct Backlog {
@@ -71,9 +82,13 @@ impl Backlog {
         }
     }
 
-    /// Index of the frame that is captured next.
-    pub fn next_index(&self) -> u64 {
-        self.next
+    /// How far the source came; frames that still wait count neither as seen nor as dropped.
+    pub fn totals(&self) -> Totals {
+        Totals {
+            next: self.next,
+            dropped: self.evicted + self.missed,
+            skipped: self.skipped,
+        }
     }
 
     /// Frames that wait.
@@ -223,7 +238,12 @@ mod tests {
                         }
                     }
                 }
-                prop_assert_eq!(backlog.next_index(), next);
+                let totals = backlog.totals();
+                prop_assert_eq!(totals.next, next);
+                prop_assert_eq!(
+                    next - first,
+                    seen + totals.dropped + totals.skipped + model.len() as u64
+                );
                 prop_assert_eq!(backlog.len(), model.len());
             }
         }

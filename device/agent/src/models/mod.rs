@@ -8,7 +8,7 @@
 mod package;
 mod runner;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use device_core::slot::{Action, Event, Held, Report, Slot, SlotError, SlotRecord};
@@ -43,6 +43,11 @@ pub enum LoadError {
     /// The engine or the golden inputs refuse it.
     #[error(transparent)]
     Runner(#[from] RunnerError),
+    /// A package outside the agent's own folder that is not named by its digest.
+    #[error(
+        "{0}: the folder of a package must be named by the digest of its manifest, as those under models/ of a data folder are; copy it with its name"
+    )]
+    Unnamed(PathBuf),
     /// The engine panicked on it.
     #[error("model {0}: the engine panicked; the model is damaged, or the engine has a bug")]
     Panicked(Digest),
@@ -54,9 +59,10 @@ impl LoadError {
         match self {
             Self::Runner(RunnerError::Golden { .. }) => SlotError::Golden,
             Self::Package(PackageError::Io { .. }) => SlotError::Storage,
-            Self::Package(PackageError::Trust { .. }) | Self::Runner(_) | Self::Panicked(_) => {
-                SlotError::Load
-            }
+            Self::Package(PackageError::Trust { .. })
+            | Self::Runner(_)
+            | Self::Unnamed(_)
+            | Self::Panicked(_) => SlotError::Load,
         }
     }
 }
@@ -75,6 +81,19 @@ impl Loader {
         let package = self.packages.read(&self.trust, digest)?;
         let runner = Runner::load(self.engine, &package)?;
         Ok((runner, package))
+    }
+
+    /// Reads a package in any folder, checks it as all others, and proves it.
+    pub fn prove_at(&self, folder: &Path) -> Result<Runner, LoadError> {
+        let digest = folder
+            .file_name()
+            .and_then(|name| name.to_str()?.parse().ok())
+            .ok_or_else(|| LoadError::Unnamed(folder.to_owned()))?;
+        let there = Self {
+            packages: Packages::borrow(folder.parent().unwrap_or(Path::new(""))),
+            ..self.clone()
+        };
+        there.prove(&digest)
     }
 
     /// As [`Loader::load`], and runs the golden inputs.

@@ -56,6 +56,8 @@ pub struct FrameBuf {
     pub pixels: Vec<u8>,
     /// The picture file as it came; empty unless `meta.encoded` names its codec.
     pub encoded: Vec<u8>,
+    /// Where a watched source would go on after this frame; empty for other sources.
+    pub mark: String,
     /// Shape, cost and time.
     pub meta: Captured,
 }
@@ -75,6 +77,7 @@ impl FrameBuf {
         Self {
             pixels: Vec::new(),
             encoded: Vec::new(),
+            mark: String::new(),
             meta,
         }
     }
@@ -107,6 +110,8 @@ pub enum Read {
         /// What is wrong with it.
         why: String,
     },
+    /// There is no frame at this index yet; ask again.
+    NotYet,
     /// The source has no frame at this index or any later one.
     End,
 }
@@ -121,6 +126,15 @@ pub trait Source: Send {
     /// # Errors
     /// The source itself fails; a single bad file is [`Read::Skipped`] instead.
     fn read(&mut self, index: u64, into: &mut FrameBuf) -> Result<Read, SourceError>;
+
+    /// Whether frames come when they come, each once, whatever index is asked for: a camera, or a
+    /// folder that is watched.
+    fn is_live(&self) -> bool {
+        false
+    }
+
+    /// Goes on after the frame with this [`FrameBuf::mark`]; before the first read.
+    fn resume(&mut self, _mark: &str) {}
 
     /// The class of frame `index`, where the source knows it.
     fn truth(&self, index: u64) -> Option<String>;
