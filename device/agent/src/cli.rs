@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::{Parser, Subcommand, ValueEnum};
 use flywheel_shared::ids::{DeviceId, IdError};
@@ -10,7 +11,11 @@ use tracing_subscriber::EnvFilter;
 
 use crate::agent::{self, Mode};
 use crate::config::Config;
+use crate::doctor;
 use crate::enroll::{self, Request};
+
+/// The answer is no; as in `flywheel`'s own commands.
+const EXIT_NEGATIVE: u8 = 3;
 
 /// The agent of a Flywheel device.
 #[derive(Debug, Parser)]
@@ -51,6 +56,18 @@ enum Command {
         /// Number of frames, from where the source was left.
         #[arg(long, value_name = "N")]
         frames: u64,
+    },
+    /// Look for what keeps this device from its work, and say the mend.
+    #[command(
+        after_help = "Example:\n  flywheel-agent doctor --config /etc/flywheel/agent.toml\n\nExit code 0 if nothing failed, 3 if a check failed, 1 if the configuration cannot be read."
+    )]
+    Doctor {
+        /// Configuration, TOML.
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
     },
     /// Trade a one-time token for an identity.
     #[command(
@@ -106,7 +123,7 @@ pub fn run_from(arguments: impl Iterator<Item = OsString>) -> ExitCode {
         Log::Json => log.json().flatten_event(true).try_init(),
     };
     match execute(arguments.command) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
@@ -114,11 +131,24 @@ pub fn run_from(arguments: impl Iterator<Item = OsString>) -> ExitCode {
     }
 }
 
-fn execute(command: Command) -> anyhow::Result<()> {
+fn execute(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Run { config } => agent::run(&Config::read(&config)?, Mode::Forever)?,
         Command::Once { config, frames } => {
             agent::run(&Config::read(&config)?, Mode::Once { frames })?;
+        }
+        Command::Doctor { config, json } => {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH);
+            let now_ms = now.map_or(0, |since| since.as_millis() as u64);
+            let report = doctor::examine(&config, now_ms)?;
+            if json {
+                println!("{}", serde_json::to_string_pretty(&report)?);
+            } else {
+                println!("{report}");
+            }
+            if !report.ok {
+                return Ok(ExitCode::from(EXIT_NEGATIVE));
+            }
         }
         Command::Enroll {
             url,
@@ -137,7 +167,7 @@ fn execute(command: Command) -> anyhow::Result<()> {
             println!("enrolled {device} in {}", data.display());
         }
     }
-    Ok(())
+    Ok(ExitCode::SUCCESS)
 }
 
 #[cfg(test)]

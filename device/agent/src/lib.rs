@@ -16,6 +16,7 @@
 //! | [`transport`] | QUIC and MQTT |
 //! | [`state`] | what survives restarts |
 //! | [`identity`], [`enroll`] | who the device is |
+//! | [`doctor`] | what is wrong with this device, and the mend |
 //! | [`metrics`] | what is counted and timed, for Prometheus |
 //! | [`notify`] | what systemd is told |
 #![forbid(unsafe_code)]
@@ -25,6 +26,7 @@ pub mod capture;
 pub mod cli;
 pub mod clock;
 pub mod config;
+pub mod doctor;
 pub mod enroll;
 mod files;
 pub mod identity;

@@ -76,6 +76,15 @@ pub struct Loader {
 }
 
 impl Loader {
+    /// What loads the packages in `models` of a data folder; nothing there is made or changed.
+    pub fn of(data: &Path, trust: TrustRoot, engine: EngineKind) -> Self {
+        Self {
+            packages: Packages::borrow(&data.join("models")),
+            trust,
+            engine,
+        }
+    }
+
     /// Reads a package, checks every byte of it, and loads it with the engine.
     pub fn load(&self, digest: &Digest) -> Result<(Runner, Package), LoadError> {
         let package = self.packages.read(&self.trust, digest)?;

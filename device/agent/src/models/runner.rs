@@ -102,6 +102,22 @@ impl Runner {
         };
         let plan = load(kind, &bytes).map_err(|source| RunnerError::Engine { model, source })?;
         let scores = package.part(PartKind::Scores);
+        Self::assemble(model, package.sequence, &spec, plan, scores)
+    }
+
+    /// Puts a model together from a plan that is loaded already, and its score parameters.
+    pub fn assemble(
+        model: Digest,
+        sequence: u64,
+        spec: &ModelSpec<'_>,
+        plan: Box<dyn Plan>,
+        scores: &[u8],
+    ) -> Result<Self, RunnerError> {
+        let part = |part, problem: String| RunnerError::Part {
+            model,
+            part,
+            problem,
+        };
         let unusable = |error: ParamsError| part("scores part", format!("is not usable: {error}"));
         let mut params = vec![0.0; Params::len_f32(scores).map_err(unusable)?];
         let shape = Params::parse(scores, &mut params)
@@ -124,7 +140,7 @@ impl Runner {
         let (classes, dim) = (plan.classes(), plan.embedding_dim());
         Ok(Self {
             digest: model,
-            sequence: package.sequence,
+            sequence,
             labels: spec.labels().map(str::to_owned).collect(),
             spec: spec.input,
             input: vec![0.0; plan.input_len()],

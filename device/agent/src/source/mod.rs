@@ -1,21 +1,31 @@
 //! Frame sources. A source is random access: frame `i` is the same whenever it is read, so that an
-//! agent killed at frame `i` resumes at `i`, and virtual time is a function of the index.
+//! agent killed at frame `i` resumes at `i`, and virtual time is a function of the index. Live
+//! sources ([`Source::is_live`]), cameras and watched folders, can't be: they number what comes.
 //!
 //! A source is named by a URI:
 //!
 //! - `sim:roads?seed=7&size=32&rare=0.008&late=0.015&late_from=5000&conditions=all|clear-day&mix=stream|balanced`
 //! - `idx:DIR?seed=1&split=train|test&shard=0/4&pool=0..1&rare=8:0.005,3:0.01&late=9@5000&mix=stream|balanced`
 //! - `dir:PATH` lists the pictures under PATH once, sorted; `dir:PATH?stream=1&…` draws from them
-//!   endlessly with the parameters of `idx`.
+//!   endlessly with the parameters of `idx`; `dir:PATH?watch=1&poll_ms=200&deadline_ms=2000` takes
+//!   each picture that is put there, once.
+//! - `v4l2:/dev/video0?width=640&height=480&fps=30&format=auto|mjpeg|yuyv`, in builds with the
+//!   feature `v4l2`.
 //!
-//! All take `start_ms`, the capture time of frame 0. The path ends at the first `?`.
+//! Those that are not live take `start_ms`, the capture time of frame 0. The path ends at the
+//! first `?`.
 
+#[cfg(any(test, feature = "v4l2"))]
+mod camera;
 mod dir;
 mod draw;
 mod error;
 mod idx;
 mod query;
 mod roads;
+#[cfg(feature = "v4l2")]
+mod v4l2;
+mod watch;
 
 pub use error::SourceError;
 
@@ -169,11 +179,25 @@ pub fn open(uri: &str) -> Result<Box<dyn Source>, SourceError> {
             folder.as_ref(),
             Query::parse(uri, query)?,
         )?)),
-        ("dir", folder) if !folder.is_empty() => Ok(Box::new(dir::DirSource::open(
-            uri,
-            folder.as_ref(),
-            Query::parse(uri, query)?,
-        )?)),
+        ("dir", folder) if !folder.is_empty() => {
+            let mut query = Query::parse(uri, query)?;
+            let folder = folder.as_ref();
+            if query.choice("watch", [("0", false), ("1", true)])? {
+                Ok(Box::new(watch::WatchSource::open(uri, folder, query)?))
+            } else {
+                Ok(Box::new(dir::DirSource::open(uri, folder, query)?))
+            }
+        }
+        #[cfg(feature = "v4l2")]
+        ("v4l2", device) if !device.is_empty() => {
+            let camera = v4l2::Camera::open(device.as_ref(), Query::parse(uri, query)?)?;
+            Ok(Box::new(camera::CameraSource::new(uri, Box::new(camera))))
+        }
+        #[cfg(not(feature = "v4l2"))]
+        ("v4l2", _) => Err(SourceError::NotBuilt {
+            uri: uri.to_owned(),
+            feature: "v4l2",
+        }),
         _ => Err(SourceError::Scheme {
             uri: uri.to_owned(),
         }),
