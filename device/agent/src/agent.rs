@@ -1,21 +1,26 @@
 //! Putting an agent together and ending it in good order.
 
 use std::future::Future;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
 
 use device_core::pace::Pace;
 use thiserror::Error;
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 
+use crate::capture::Capturer;
 use crate::config::Config;
 use crate::identity::{Identity, IdentityError, install_crypto};
 use crate::link::{Link, LinkConfig};
-use crate::models::{Device, Models, ModelsError, Runner};
-use crate::pipeline::{Pipeline, PipelineError};
-use crate::shared::{Shared, Status};
+use crate::metrics::{expose::About, serve};
+use crate::models::{Device, LoadError, Models, ModelsError, Runner};
+use crate::notify::{Notifier, Watchdog};
+use crate::pipeline::{Feed, Pipeline, PipelineError};
+use crate::shared::{Shared, Status, lock};
 use crate::source::{self, SourceError};
 use crate::spool::{Folder, Spool, SpoolError, last_epoch};
 use crate::state::{State, StateError};
@@ -46,9 +51,25 @@ pub enum AgentError {
     /// The models.
     #[error(transparent)]
     Models(#[from] ModelsError),
+    /// The second model that the configuration names.
+    #[error("configuration: `shadow_model`: {0}")]
+    Shadow(LoadError),
     /// The source of frames.
     #[error(transparent)]
     Source(#[from] SourceError),
+    /// A source whose frames come by themselves can't be halted.
+    #[error(
+        "configuration: `pace` is \"lockstep\", but the frames of {0:?} come when they come; write pace = 30, or \"max\" to take each as it comes"
+    )]
+    Lockstep(String),
+    /// The metrics' port.
+    #[error("configuration: `metrics`: cannot listen on {address}: {source}")]
+    Metrics {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        source: std::io::Error,
+    },
     /// The frame loop.
     #[error(transparent)]
     Pipeline(#[from] PipelineError),
@@ -78,7 +99,8 @@ pub enum Mode {
 /// # Errors
 /// [`AgentError`], in words that name the file and what to do.
 pub fn run(config: &Config, mode: Mode) -> Result<(), AgentError> {
-    run_until(config, mode, async {
+    let notifier = Notifier::from_env();
+    let stop = async {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         tokio::select! {
@@ -86,7 +108,8 @@ pub fn run(config: &Config, mode: Mode) -> Result<(), AgentError> {
             _ = interrupt.recv() => {}
         }
         Ok(())
-    })
+    };
+    run_watched(config, mode, &notifier, stop)
 }
 
 /// Runs an agent until `stop` completes, or until `mode` is fulfilled; then it takes its leave.
@@ -98,16 +121,40 @@ pub fn run_until(
     mode: Mode,
     stop: impl Future<Output = std::io::Result<()>>,
 ) -> Result<(), AgentError> {
+    run_watched(config, mode, &Notifier::none(), stop)
+}
+
+/// As [`run_until`], and tells `notifier` how it is.
+///
+/// # Errors
+/// As [`run_until`].
+pub fn run_watched(
+    config: &Config,
+    mode: Mode,
+    notifier: &Notifier,
+    stop: impl Future<Output = std::io::Result<()>>,
+) -> Result<(), AgentError> {
     install_crypto();
     let identity = Arc::new(Identity::load(&config.data)?);
     let state = Arc::new(State::open(&config.data)?);
-    let source = source::open(&config.source)?;
+    let mut source = source::open(&config.source)?;
+    if mode == Mode::Forever && config.pace == Pace::Lockstep && source.is_live() {
+        return Err(AgentError::Lockstep(config.source.clone()));
+    }
+    source.resume(&state.mark(&config.source)?);
     let device = Device {
         id: identity.device.clone(),
         hardware: config.hardware.clone(),
         trust: identity.trust.clone(),
     };
     let (shared, live, epoch) = open(config, device, &state)?;
+    let shadow = match &config.shadow_model {
+        Some(folder) => {
+            let loader = lock(&shared.models).loader();
+            Some(loader.prove_at(folder).map_err(AgentError::Shadow)?)
+        }
+        None => None,
+    };
     tracing::info!(
         device = %identity.device,
         epoch,
@@ -124,25 +171,78 @@ pub fn run_until(
             Pace::Lockstep
         }
     };
-    let pipeline = Pipeline::new(config, pace, source, live, Arc::clone(&shared))?;
-    let settings = LinkConfig {
-        identity,
-        config: config.clone(),
-        epoch,
-        obey_run_until: mode == Mode::Forever,
-    };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_name("flywheel-link")
         .enable_all()
         .build()
         .map_err(AgentError::System)?;
-    let result = runtime.block_on(drive(settings, Arc::clone(&shared), pipeline, mode, stop));
+    if let Some(address) = config.metrics {
+        let refused = |source| AgentError::Metrics { address, source };
+        let listener = runtime
+            .block_on(TcpListener::bind(address))
+            .map_err(refused)?;
+        let about = About {
+            device: identity.device.to_string(),
+            source: config.source.clone(),
+            engine: config.engine.name().to_owned(),
+        };
+        runtime.spawn(serve::serve(listener, Arc::clone(&shared), about));
+    }
+    let feed = match pace {
+        Pace::Fps(fps) => {
+            let first = shared.status().progress.frame;
+            let capturer = Capturer::new(source, fps, first, config.capture_frames);
+            let shelf = capturer.shelf();
+            // It ends with the source or when told to stop; nothing waits for it.
+            drop(
+                capturer
+                    .spawn(Arc::clone(&shared))
+                    .map_err(AgentError::System)?,
+            );
+            Feed::Shelf(shelf)
+        }
+        Pace::Lockstep | Pace::Max => Feed::Direct(source),
+    };
+    let pipeline =
+        Pipeline::new(config, pace, feed, live, Arc::clone(&shared))?.with_shadow(shadow);
+    let settings = LinkConfig {
+        identity,
+        config: config.clone(),
+        epoch,
+        obey_run_until: mode == Mode::Forever,
+    };
+    let driven = async {
+        tokio::select! {
+            result = drive(settings, Arc::clone(&shared), pipeline, mode, notifier, stop) => result,
+            never = feed_watchdog(notifier, &shared) => match never {},
+        }
+    };
+    let result = runtime.block_on(driven);
+    // For the capture thread, whatever ended the frame loop.
+    shared.signal(|signals| signals.stop = true);
     // A proof that is still computing is not waited for.
     runtime.shutdown_background();
     state.flush()?;
     tracing::info!("agent ends");
     result
+}
+
+/// Feeds systemd's watchdog while frames advance.
+async fn feed_watchdog(notifier: &Notifier, shared: &Shared) -> std::convert::Infallible {
+    let Some(interval) = notifier.interval() else {
+        return std::future::pending().await;
+    };
+    let mut watchdog = Watchdog::default();
+    let mut ticks = tokio::time::interval(interval);
+    loop {
+        ticks.tick().await;
+        if watchdog.feed(shared.beats(), shared.status().held) {
+            notifier.alive();
+        } else {
+            tracing::warn!("no frame since the last look; the watchdog is not fed");
+        }
+    }
 }
 
 /// Opens everything in the data folder that outlives the process.
@@ -186,6 +286,7 @@ async fn drive(
     shared: Arc<Shared>,
     pipeline: Pipeline,
     mode: Mode,
+    notifier: &Notifier,
     stop: impl Future<Output = std::io::Result<()>>,
 ) -> Result<(), AgentError> {
     let (stop_link, link_stopped) = oneshot::channel();
@@ -199,6 +300,7 @@ async fn drive(
             let _ = ended.send(pipeline.run());
         })
         .map_err(AgentError::System)?;
+    notifier.ready();
 
     let drained = async {
         match mode {
@@ -222,6 +324,7 @@ async fn drive(
             return Err(AgentError::Panicked("link"));
         }
     };
+    notifier.stopping();
     shared.signal(|signals| signals.stop = true);
     let result = match early {
         Some(result) => result,

@@ -3,29 +3,45 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
 use flywheel_shared::ids::{DeviceId, IdError};
 use tracing_subscriber::EnvFilter;
 
 use crate::agent::{self, Mode};
 use crate::bench::{self, BenchArgs};
 use crate::config::Config;
+use crate::doctor;
 use crate::enroll::{self, Request};
+
+/// The answer is no; as in `flywheel`'s own commands.
+const EXIT_NEGATIVE: u8 = 3;
 
 /// The agent of a Flywheel device.
 #[derive(Debug, Parser)]
 #[command(name = "flywheel-agent", version, about)]
 struct Arguments {
+    /// How the log on stderr is written.
+    #[arg(long, value_enum, default_value_t = Log::Text, global = true)]
+    log: Log,
     #[command(subcommand)]
     command: Command,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Log {
+    /// For people.
+    Text,
+    /// One JSON object a line, for machines.
+    Json,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Watch a source of frames until SIGTERM or SIGINT, and keep the cloud informed.
     #[command(
-        after_help = "Example:\n  flywheel-agent run --config /etc/flywheel/agent.toml\n\nFLYWHEEL_LOG sets what is logged to stderr: FLYWHEEL_LOG=debug"
+        after_help = "Example:\n  flywheel-agent run --config /etc/flywheel/agent.toml\n\nFLYWHEEL_LOG sets what is logged to stderr: FLYWHEEL_LOG=debug; --log json how.\nUnder systemd: Type=notify, and WatchdogSec= restarts it when frames stop to advance."
     )]
     Run {
         /// Configuration, TOML.
@@ -47,6 +63,18 @@ enum Command {
         after_help = "Example:\n  flywheel-agent bench --model model.onnx --engine all\n  flywheel-agent bench --model /var/lib/flywheel/models/3f9c… --engine tract --json --profile\n\nTimes are of one frame. \"outside\" counts heap allocations of frames that were not flagged,\nin everything but the engine and the reading of the picture."
     )]
     Bench(BenchArgs),
+    /// Look for what keeps this device from its work, and say the mend.
+    #[command(
+        after_help = "Example:\n  flywheel-agent doctor --config /etc/flywheel/agent.toml\n\nExit code 0 if nothing failed, 3 if a check failed, 1 if the configuration cannot be read."
+    )]
+    Doctor {
+        /// Configuration, TOML.
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
     /// Trade a one-time token for an identity.
     #[command(
         after_help = "Example:\n  flywheel device enroll        # on the server: prints a token\n  flywheel-agent enroll --url http://127.0.0.1:8080 --token 3f9c… --data /var/lib/flywheel"
@@ -96,14 +124,17 @@ pub fn run_from(arguments: impl Iterator<Item = OsString>) -> ExitCode {
         _ => "info",
     };
     let filter = EnvFilter::try_from_env("FLYWHEEL_LOG").unwrap_or_else(|_| EnvFilter::new(level));
-    // It fails only if logging is set up already.
-    let _ = tracing_subscriber::fmt()
+    let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
-        .with_ansi(false)
-        .try_init();
+        .with_ansi(false);
+    // It fails only if logging is set up already.
+    let _ = match arguments.log {
+        Log::Text => log.try_init(),
+        Log::Json => log.json().flatten_event(true).try_init(),
+    };
     match execute(arguments.command) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
@@ -111,13 +142,26 @@ pub fn run_from(arguments: impl Iterator<Item = OsString>) -> ExitCode {
     }
 }
 
-fn execute(command: Command) -> anyhow::Result<()> {
+fn execute(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Run { config } => agent::run(&Config::read(&config)?, Mode::Forever)?,
         Command::Once { config, frames } => {
             agent::run(&Config::read(&config)?, Mode::Once { frames })?;
         }
         Command::Bench(args) => bench::run(&args)?,
+        Command::Doctor { config, json } => {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH);
+            let now_ms = now.map_or(0, |since| since.as_millis() as u64);
+            let report = doctor::examine(&config, now_ms)?;
+            if json {
+                println!("{}", serde_json::to_string_pretty(&report)?);
+            } else {
+                println!("{report}");
+            }
+            if !report.ok {
+                return Ok(ExitCode::from(EXIT_NEGATIVE));
+            }
+        }
         Command::Enroll {
             url,
             token,
@@ -135,7 +179,7 @@ fn execute(command: Command) -> anyhow::Result<()> {
             println!("enrolled {device} in {}", data.display());
         }
     }
-    Ok(())
+    Ok(ExitCode::SUCCESS)
 }
 
 #[cfg(test)]

@@ -2,8 +2,11 @@
 //! not a default.
 
 use std::fs;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use device_core::backlog::MAX_BACKLOG;
+use device_core::governor::Limits;
 use device_core::pace::Pace;
 use device_core::uplink::Transport;
 use serde::Deserialize;
@@ -146,6 +149,16 @@ pub struct Config {
     pub health_interval_ms: u64,
     /// Seed of everything that is drawn by lot.
     pub seed: u64,
+    /// How hard the device may work.
+    pub limits: Limits,
+    /// Frames that may wait for inference at a pace with a rate.
+    pub capture_frames: usize,
+    /// Share of the frames that a second model looks at, above 0 to 1.
+    pub shadow_share: f32,
+    /// Folder of a package that runs beside the live model while none is on trial.
+    pub shadow_model: Option<PathBuf>,
+    /// Where metrics are served, if anywhere.
+    pub metrics: Option<SocketAddr>,
 }
 
 #[derive(Deserialize)]
@@ -177,6 +190,14 @@ struct Raw {
     health_interval_ms: u64,
     #[serde(default)]
     seed: u64,
+    max_fps: Option<f32>,
+    max_cpu: Option<f32>,
+    #[serde(default = "default_capture_frames")]
+    capture_frames: usize,
+    #[serde(default = "default_shadow_share")]
+    shadow_share: f32,
+    shadow_model: Option<PathBuf>,
+    metrics: Option<String>,
 }
 
 fn default_hardware() -> String {
@@ -193,6 +214,14 @@ fn default_transport() -> Vec<TransportKind> {
 
 fn default_pace() -> RawPace {
     RawPace::Name("lockstep".to_owned())
+}
+
+fn default_capture_frames() -> usize {
+    4
+}
+
+fn default_shadow_share() -> f32 {
+    1.0
 }
 
 fn default_health() -> u64 {
@@ -258,6 +287,42 @@ impl Config {
                 "must be a URI such as \"sim:roads?seed=1\" of at most 1024 characters".to_owned(),
             ));
         }
+        for (key, limit, most) in [
+            ("max_fps", raw.max_fps, 10_000.0),
+            ("max_cpu", raw.max_cpu, 1024.0),
+        ] {
+            // Written so that NaN fails.
+            if let Some(limit) = limit.filter(|limit| !(*limit > 0.0 && *limit <= most)) {
+                return Err(wrong(
+                    key,
+                    format!("is {limit}; it must be above 0 and at most {most}"),
+                ));
+            }
+        }
+        if !(1..=MAX_BACKLOG).contains(&raw.capture_frames) {
+            return Err(wrong(
+                "capture_frames",
+                format!("is {}; it must be 1 to {MAX_BACKLOG}", raw.capture_frames),
+            ));
+        }
+        if !(raw.shadow_share > 0.0 && raw.shadow_share <= 1.0) {
+            return Err(wrong(
+                "shadow_share",
+                format!(
+                    "is {}; it must be above 0 and at most 1, or a trial would never end",
+                    raw.shadow_share
+                ),
+            ));
+        }
+        let metrics = raw.metrics.map(|text| {
+            text.parse().map_err(|_| {
+                wrong(
+                    "metrics",
+                    format!("is {text:?}; it must be ADDRESS:PORT such as \"127.0.0.1:9101\""),
+                )
+            })
+        });
+        let metrics = metrics.transpose()?;
         let folder = path.parent().unwrap_or(Path::new(""));
         Ok(Self {
             data: folder.join(raw.data),
@@ -270,6 +335,14 @@ impl Config {
             spool: raw.spool,
             health_interval_ms: raw.health_interval_ms,
             seed: raw.seed,
+            limits: Limits {
+                max_fps: raw.max_fps,
+                max_cpu: raw.max_cpu,
+            },
+            capture_frames: raw.capture_frames,
+            shadow_share: raw.shadow_share,
+            shadow_model: raw.shadow_model.map(|model| folder.join(model)),
+            metrics,
         })
     }
 }
@@ -331,6 +404,25 @@ mod tests {
         assert_eq!(config.engine.name(), "tract");
         assert_eq!(config.transport, [Transport::Quic, Transport::Mqtt]);
         assert_eq!(config.budget, Budget::default());
+        assert!(config.limits.is_none() && config.metrics.is_none());
+        assert_eq!((config.capture_frames, config.shadow_share), (4, 1.0));
+    }
+
+    #[test]
+    fn limits_shadow_and_metrics_are_read() {
+        let text = "max_fps = 15\nmax_cpu = 0.5\ncapture_frames = 8\nshadow_share = 0.25\nshadow_model = \"second\"\nmetrics = \"127.0.0.1:9101\"\n";
+        let config = parse(&format!("{LEAST}{text}")).unwrap();
+        let limits = Limits {
+            max_fps: Some(15.0),
+            max_cpu: Some(0.5),
+        };
+        assert_eq!(config.limits, limits);
+        assert_eq!((config.capture_frames, config.shadow_share), (8, 0.25));
+        assert_eq!(
+            config.shadow_model.as_deref(),
+            Some(Path::new("etc/second"))
+        );
+        assert_eq!(config.metrics, Some(([127, 0, 0, 1], 9101).into()));
     }
 
     #[test]
@@ -362,6 +454,11 @@ mod tests {
             ("health_interval_ms = 1", "health_interval_ms"),
             ("[spool]\nquota_mb = 0", "spool.quota_mb"),
             ("hardware = \"\"", "hardware"),
+            ("max_fps = 0.0", "max_fps"),
+            ("max_cpu = nan", "max_cpu"),
+            ("capture_frames = 0", "capture_frames"),
+            ("shadow_share = 0.0", "shadow_share"),
+            ("metrics = \"9101\"", "metrics"),
         ] {
             let error = parse(&format!("{LEAST}{extra}\n")).unwrap_err();
             assert!(error.contains("etc/agent.toml"), "{error}");

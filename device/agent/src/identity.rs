@@ -241,6 +241,11 @@ impl Identity {
         })
     }
 
+    /// The device's certificate, in DER.
+    pub fn certificate(&self) -> &[u8] {
+        self.certificates.first().map_or(&[], |first| first)
+    }
+
     /// TLS settings for a connection to the cloud: client certificate, the fleet's authority only,
     /// and the name in the server's certificate from the identity, whatever address it is
     /// reached at. `quic` selects TLS 1.3 only and the protocol name.

@@ -3,10 +3,12 @@
 //!
 //! Decisions are [`device_core`]'s; this crate owns files, sockets, threads and clocks. Two
 //! threads meet in [`shared`]: the frame loop ([`pipeline`]) and the link to the cloud ([`link`]).
+//! At a pace with a rate a third one reads the source ([`capture`]).
 //!
 //! | module | holds |
 //! |---|---|
 //! | [`source`] | where frames come from |
+//! | [`capture`] | reading the source at its rate, whatever inference does |
 //! | [`pipeline`] | the frame loop |
 //! | [`spool`] | flagged samples until they are acknowledged |
 //! | [`models`] | packages on disk, the slot, loaded models |
@@ -14,6 +16,9 @@
 //! | [`transport`] | QUIC and MQTT |
 //! | [`state`] | what survives restarts |
 //! | [`identity`], [`enroll`] | who the device is |
+//! | [`doctor`] | what is wrong with this device, and the mend |
+//! | [`metrics`] | what is counted and timed, for Prometheus |
+//! | [`notify`] | what systemd is told |
 //! | [`bench`], [`meter`], [`allocations`] | what a frame costs |
 // Only the counting allocator is an exception.
 #![deny(unsafe_code)]
@@ -21,14 +26,19 @@
 pub mod agent;
 pub mod allocations;
 pub mod bench;
+pub mod capture;
 pub mod cli;
+pub mod clock;
 pub mod config;
+pub mod doctor;
 pub mod enroll;
 mod files;
 pub mod identity;
 pub mod link;
 pub mod meter;
+pub mod metrics;
 pub mod models;
+pub mod notify;
 pub mod pipeline;
 mod position;
 pub mod shared;

@@ -1,7 +1,7 @@
 //! The driver of the link: moves bytes between [`device_core::uplink`], the spool, the slot and a
 //! transport. What to do when is decided there; this is the shell that does it.
 
-mod health;
+pub mod health;
 mod install;
 
 use std::collections::VecDeque;

@@ -3,7 +3,8 @@
 //! write cut short spoils only the older one.
 //!
 //! A slot of 128 bytes is, little endian: FNV-1a `u64` of the rest, number `u64`, and a [`Position`]
-//! in postcard with zeros after it. The larger valid number holds.
+//! in postcard with zeros after it. The larger valid number holds. New numbers are only added at
+//! the end, where an older agent left zeros.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -18,7 +19,7 @@ use crate::state::Progress;
 const SLOT: usize = 128;
 
 /// What is saved together.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Position {
     /// How far the source was read.
     pub progress: Progress,
@@ -26,6 +27,51 @@ pub struct Position {
     pub bytes_up: u64,
     /// Which source, as a hash of its URI.
     pub source: u64,
+}
+
+/// A [`Position`] as it lies in a slot.
+#[derive(Serialize, Deserialize)]
+struct Stored {
+    frame: u64,
+    bytes_seen: u64,
+    skipped: u64,
+    bytes_up: u64,
+    source: u64,
+    dropped: u64,
+}
+
+impl From<&Position> for Stored {
+    fn from(position: &Position) -> Self {
+        let Progress {
+            frame,
+            bytes_seen,
+            skipped,
+            dropped,
+        } = position.progress;
+        Self {
+            frame,
+            bytes_seen,
+            skipped,
+            bytes_up: position.bytes_up,
+            source: position.source,
+            dropped,
+        }
+    }
+}
+
+impl From<Stored> for Position {
+    fn from(stored: Stored) -> Self {
+        Self {
+            progress: Progress {
+                frame: stored.frame,
+                bytes_seen: stored.bytes_seen,
+                skipped: stored.skipped,
+                dropped: stored.dropped,
+            },
+            bytes_up: stored.bytes_up,
+            source: stored.source,
+        }
+    }
 }
 
 /// The open file.
@@ -82,7 +128,7 @@ impl PositionFile {
 fn encode(number: u64, position: &Position) -> io::Result<[u8; SLOT]> {
     let mut bytes = [0; SLOT];
     bytes[8..16].copy_from_slice(&number.to_le_bytes());
-    postcard::to_slice(position, &mut bytes[16..]).map_err(io::Error::other)?;
+    postcard::to_slice(&Stored::from(position), &mut bytes[16..]).map_err(io::Error::other)?;
     let check = content_hash(&bytes[8..]);
     bytes[..8].copy_from_slice(&check.to_le_bytes());
     Ok(bytes)
@@ -94,8 +140,8 @@ fn decode(bytes: &[u8; SLOT]) -> Option<(u64, Position)> {
     if u64::from_le_bytes(*check) != content_hash(body) {
         return None;
     }
-    let (position, _) = postcard::take_from_bytes(position).ok()?;
-    Some((u64::from_le_bytes(*number), position))
+    let (stored, _) = postcard::take_from_bytes::<Stored>(position).ok()?;
+    Some((u64::from_le_bytes(*number), stored.into()))
 }
 
 #[cfg(test)]
@@ -108,6 +154,7 @@ mod tests {
                 frame,
                 bytes_seen: 3 * frame,
                 skipped: 1,
+                dropped: 5,
             },
             bytes_up: 7,
             source: content_hash(b"sim:roads"),
@@ -140,5 +187,26 @@ mod tests {
         assert_eq!(PositionFile::open(&path).unwrap().1, Some(position(7)));
         std::fs::write(&path, b"rubbish").unwrap();
         assert_eq!(PositionFile::open(&path).unwrap().1, None);
+    }
+
+    #[test]
+    fn a_position_without_the_frames_given_up_is_understood() {
+        let mut bytes = [0; SLOT];
+        bytes[8..16].copy_from_slice(&3u64.to_le_bytes());
+        let older = (640u64, 9000u64, 2u64, 77u64, u64::MAX);
+        postcard::to_slice(&older, &mut bytes[16..]).unwrap();
+        let check = content_hash(&bytes[8..]);
+        bytes[..8].copy_from_slice(&check.to_le_bytes());
+        let position = Position {
+            progress: Progress {
+                frame: 640,
+                bytes_seen: 9000,
+                skipped: 2,
+                dropped: 0,
+            },
+            bytes_up: 77,
+            source: u64::MAX,
+        };
+        assert_eq!(decode(&bytes), Some((3, position)));
     }
 }

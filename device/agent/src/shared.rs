@@ -8,6 +8,7 @@ use device_core::slot::Held;
 use device_engine::EngineKind;
 use tokio::sync::Notify;
 
+use crate::metrics::Metrics;
 use crate::models::{Models, Runner};
 use crate::spool::Spool;
 use crate::state::{Progress, State};
@@ -46,10 +47,13 @@ pub struct Shared {
     pub models: Mutex<Models>,
     /// Wakes the link: there is something to send or to tell.
     pub news: Notify,
+    /// What is counted and timed.
+    pub metrics: Metrics,
     signals: Mutex<Signals>,
     changed: Condvar,
     status: Mutex<Status>,
     bytes_up: AtomicU64,
+    beat: AtomicU64,
 }
 
 impl Shared {
@@ -66,10 +70,12 @@ impl Shared {
             spool: Mutex::new(spool),
             models: Mutex::new(models),
             news: Notify::new(),
+            metrics: Metrics::default(),
             signals: Mutex::new(Signals::default()),
             changed: Condvar::new(),
             status: Mutex::new(status),
             bytes_up: AtomicU64::new(bytes_up),
+            beat: AtomicU64::new(0),
         }
     }
 
@@ -98,6 +104,16 @@ impl Shared {
         if news {
             self.news.notify_one();
         }
+    }
+
+    /// The frame loop got on: it is done with a frame, or the source says that it has none.
+    pub fn beat(&self) {
+        self.beat.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How often [`Shared::beat`] was called.
+    pub fn beats(&self) -> u64 {
+        self.beat.load(Ordering::Relaxed)
     }
 
     /// Bytes of all messages sent since enrolment.

@@ -71,11 +71,18 @@ pub struct Progress {
     pub bytes_seen: u64,
     /// Frames that could not be read.
     pub skipped: u64,
+    /// Frames given up because inference was behind.
+    pub dropped: u64,
 }
 
 const EPOCH: &str = "boot epoch";
 const SLOT: &str = "slot record";
 const FLOOR: &str = "model floor";
+const MARK: &str = "source mark";
+// Where agents before 0.2 kept the position.
+const OLD_SOURCE: &str = "source";
+const OLD_PROGRESS: &str = "progress";
+const OLD_BYTES_UP: &str = "bytes up";
 const ACCOUNTS: &str = "spool accounts";
 
 /// The agent's database and the lock on its data folder.
@@ -110,14 +117,36 @@ impl State {
                 path: position_path.clone(),
                 source,
             })?;
-        Ok(Self {
+        let mut state = Self {
             db,
             path,
             position: Mutex::new(position),
             position_path,
             last,
             _lock: lock,
-        })
+        };
+        if state.last.is_none() {
+            state.last = state.old_position()?;
+        }
+        Ok(state)
+    }
+
+    /// What an agent before 0.2 left.
+    fn old_position(&self) -> Result<Option<Position>, StateError> {
+        let Some((frame, bytes_seen, skipped)) = self.get(OLD_PROGRESS)? else {
+            return Ok(None);
+        };
+        let source: String = self.get(OLD_SOURCE)?.unwrap_or_default();
+        Ok(Some(Position {
+            progress: Progress {
+                frame,
+                bytes_seen,
+                skipped,
+                dropped: 0,
+            },
+            bytes_up: self.get(OLD_BYTES_UP)?.unwrap_or(0),
+            source: content_hash(source.as_bytes()),
+        }))
     }
 
     /// Takes the next boot epoch, above `floor` in any case. It is durable on return.
@@ -140,6 +169,23 @@ impl State {
                 ..last.progress
             },
         }
+    }
+
+    /// Where the source with this URI was to go on when the state was opened; empty for another
+    /// one, or if it needs no mark.
+    pub fn mark(&self, source: &str) -> Result<String, StateError> {
+        let source = content_hash(source.as_bytes());
+        let stored: Option<(u64, String)> = self.get(MARK)?;
+        Ok(match (self.last, stored) {
+            (Some(last), Some((of, mark))) if last.source == source && of == source => mark,
+            _ => String::new(),
+        })
+    }
+
+    /// Sets the mark; durable on return. It counts with the next [`State::save_progress`].
+    pub fn set_mark(&self, source: &str, mark: &str) -> Result<(), StateError> {
+        self.put(MARK, &(content_hash(source.as_bytes()), mark))?;
+        self.flush()
     }
 
     /// Saves progress and the bytes sent so far, without allocating; the death of the process
@@ -362,7 +408,9 @@ mod tests {
             frame: 640,
             bytes_seen: 9000,
             skipped: 2,
+            dropped: 5,
         };
+        state.set_mark("sim:roads", "b.jpg").unwrap();
         state.save_progress("sim:roads", &progress, 77).unwrap();
         drop(state);
         let state = State::open(folder.path()).unwrap();
@@ -370,5 +418,60 @@ mod tests {
         assert_eq!(state.bytes_up(), 77);
         let other = state.progress("dir:pictures");
         assert_eq!((other.frame, other.bytes_seen), (0, 9000));
+        assert_eq!(state.mark("sim:roads").unwrap(), "b.jpg");
+        assert_eq!(state.mark("dir:pictures").unwrap(), "");
+    }
+
+    #[test]
+    fn progress_of_an_older_agent_is_understood() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = State::open(folder.path()).unwrap();
+        state.put(OLD_PROGRESS, &(640u64, 9000u64, 2u64)).unwrap();
+        state.put(OLD_SOURCE, &"sim:roads").unwrap();
+        state.put(OLD_BYTES_UP, &77u64).unwrap();
+        drop(state);
+        let state = State::open(folder.path()).unwrap();
+        let progress = state.progress("sim:roads");
+        assert_eq!((progress.frame, progress.bytes_seen), (640, 9000));
+        assert_eq!((progress.skipped, progress.dropped), (2, 0));
+        assert_eq!(state.bytes_up(), 77);
+        assert_eq!(state.progress("dir:pictures").frame, 0);
+        state.put(OLD_PROGRESS, &7u8).unwrap();
+        drop(state);
+        assert!(matches!(
+            State::open(folder.path()),
+            Err(StateError::Malformed { .. })
+        ));
+        // What was saved since holds, whatever is left from before.
+        let newer = tempfile::tempdir().unwrap();
+        let state = State::open(newer.path()).unwrap();
+        state.put(OLD_PROGRESS, &(640u64, 9000u64, 2u64)).unwrap();
+        let progress = Progress {
+            frame: 3,
+            ..Progress::default()
+        };
+        state.save_progress("sim:roads", &progress, 1).unwrap();
+        drop(state);
+        let state = State::open(newer.path()).unwrap();
+        assert_eq!(state.progress("sim:roads"), progress);
+    }
+
+    #[test]
+    fn a_mark_counts_with_the_position_of_its_source_only() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = State::open(folder.path()).unwrap();
+        let progress = Progress::default();
+        state.set_mark("dir:a", "7.jpg").unwrap();
+        state.save_progress("dir:a", &progress, 0).unwrap();
+        // Killed between the two.
+        state.set_mark("dir:b", "1.jpg").unwrap();
+        drop(state);
+        let state = State::open(folder.path()).unwrap();
+        assert_eq!(state.mark("dir:a").unwrap(), "");
+        assert_eq!(state.mark("dir:b").unwrap(), "");
+        state.save_progress("dir:b", &progress, 0).unwrap();
+        drop(state);
+        let state = State::open(folder.path()).unwrap();
+        assert_eq!(state.mark("dir:b").unwrap(), "1.jpg");
     }
 }

@@ -1,12 +1,19 @@
 //! A frame that is not flagged costs no heap allocation outside the engine, whatever runs it and
-//! wherever it comes from. Measured with a counting allocator on the production frame loop.
+//! wherever it comes from, with limits, capture thread and metrics. Measured with a counting
+//! allocator on the production frame loop.
+
+#[allow(dead_code, reason = "each test uses its part")]
+mod virtual_time;
 
 use std::fs;
 use std::path::Path;
 
 use flywheel_agent::allocations::{Counting, of_this_thread};
 use flywheel_agent::bench::{BenchArgs, Engines, Measured, measure, open_model};
+use flywheel_agent::clock::cpu_us;
+use flywheel_agent::shared::lock;
 use image::{ImageFormat, RgbImage};
+use virtual_time::{Cost, Device, Setup, World};
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
@@ -27,13 +34,13 @@ fn the_counter_counts_this_thread() {
 }
 
 /// Every engine on a source, with the built-in network of 32×32×3.
-fn run(source: &str) -> Vec<(&'static str, Measured)> {
+fn run(source: &str, fps: Option<f32>) -> Vec<(&'static str, Measured)> {
     let args = BenchArgs {
         model: None,
         engine: Engines::All,
         frames: 400,
         source: Some(source.to_owned()),
-        fps: None,
+        fps,
         profile: false,
         json: false,
         stdin: false,
@@ -47,8 +54,8 @@ fn run(source: &str) -> Vec<(&'static str, Measured)> {
         .collect()
 }
 
-fn check(source: &str) {
-    let engines = run(source);
+fn check(source: &str, fps: Option<f32>) {
+    let engines = run(source, fps);
     assert_eq!(engines.len(), 3);
     for (engine, measured) in engines {
         assert!(measured.golden, "{engine}: {:?}", measured.golden_error);
@@ -87,7 +94,7 @@ fn frames_of_an_idx_set_allocate_nothing() {
     let labels: Vec<u8> = (0..60).map(|i| i % 10).collect();
     write("train-images-idx3-ubyte", &idx(3, &[60, 28, 28], &pixels));
     write("train-labels-idx1-ubyte", &idx(1, &[60], &labels));
-    check(&format!("idx:{}?seed=1", folder.path().display()));
+    check(&format!("idx:{}?seed=1", folder.path().display()), None);
 }
 
 fn picture(path: &Path, width: u32, height: u32, seed: usize) {
@@ -106,5 +113,65 @@ fn frames_of_photographs_that_were_decoded_before_allocate_nothing() {
         let path = folder.path().join(format!("{seed}.png"));
         picture(&path, width, height, seed);
     }
-    check(&format!("dir:{}?stream=1&seed=3", folder.path().display()));
+    let source = format!("dir:{}?stream=1&seed=3", folder.path().display());
+    check(&source, None);
+}
+
+#[test]
+fn frames_of_a_capture_thread_allocate_nothing() {
+    check("sim:roads?seed=1&size=32", Some(2000.0));
+}
+
+#[test]
+fn a_device_behind_its_camera_and_at_its_limits_allocates_nothing() {
+    // A frame takes longer than the camera's pause, so that some are given up; the limit on the
+    // processor gives up more.
+    let mut device = Device::new(&Setup {
+        frames: 20_000,
+        bad_every: 0,
+        waiting: 4,
+        quota: 100_000_000,
+        live: Cost {
+            us: 40_000,
+            stall_every: 0,
+            stall_us: 0,
+            fails_at: None,
+        },
+        extra: "max_cpu = 0.9\nmax_fps = 24",
+    });
+    let (mut unflagged, mut flagged) = (0u64, 0u64);
+    loop {
+        let looked = World::get(&device.world.looked[0]);
+        let records = lock(&device.shared.spool).usage().records;
+        let before = of_this_thread();
+        let more = device.turn();
+        let taken = of_this_thread() - before;
+        if !more {
+            break;
+        }
+        if World::get(&device.world.looked[0]) == looked {
+            assert_eq!(taken, 0, "waiting");
+        } else if lock(&device.shared.spool).usage().records > records {
+            flagged += 1;
+        } else {
+            unflagged += 1;
+            // The first ones make the buffers.
+            assert!(unflagged < 100 || taken == 0, "{taken} by frame {looked}");
+        }
+    }
+    let metrics = &device.shared.metrics;
+    assert_eq!(metrics.seen.get(), unflagged + flagged);
+    assert!(
+        flagged > 100 && unflagged > 10_000,
+        "{flagged}, {unflagged}"
+    );
+    assert!(metrics.dropped.get() > 1_000, "{}", metrics.dropped.get());
+}
+
+#[test]
+fn the_processor_time_is_read_without_allocating() {
+    let before = of_this_thread();
+    let used = cpu_us();
+    assert_eq!(of_this_thread(), before);
+    std::hint::black_box(used);
 }

@@ -9,6 +9,9 @@
 //! |---|---|
 //! | [`thermal`] | nothing: a sensor on a bus of `embedded-hal`, for devices without a camera |
 //! | [`pace`] | whether the next frame may be taken now |
+//! | [`governor`] | how far frames are spaced to hold a rate or a share of the processor |
+//! | [`backlog`] | which captured frames wait, and which give way when inference is behind |
+//! | [`shadow`] | which frames a second model looks at |
 //! | [`params`] | what the bytes of a score-parameter part mean |
 //! | [`score`] | how sure and how familiar a model's answer is, on one scale |
 //! | [`anomaly`] | how unusual a frame is to a model without classes |
@@ -28,13 +31,16 @@
 extern crate std;
 
 pub mod anomaly;
+pub mod backlog;
 pub mod bucket;
 pub mod detect;
 pub mod flicker;
+pub mod governor;
 pub mod pace;
 pub mod params;
 pub mod quantile;
 pub mod score;
+pub mod shadow;
 pub mod sketch;
 pub mod slot;
 pub mod spool;

@@ -30,8 +30,11 @@ pub enum Next {
 #[derive(Clone, Copy, Debug)]
 pub struct Pacer {
     pace: Pace,
-    /// When the schedule of [`Pace::Fps`] began.
-    start_ms: Option<u64>,
+    /// The last time that was asked.
+    last_ms: Option<u64>,
+    /// Time since the schedule of [`Pace::Fps`] began. It is summed up from step to step, so that a
+    /// clock that is set back stops nothing.
+    passed_ms: u64,
     /// Frames of the schedule taken or dropped.
     scheduled: u64,
     dropped: u64,
@@ -42,7 +45,8 @@ impl Pacer {
     pub fn new(pace: Pace) -> Self {
         Self {
             pace,
-            start_ms: None,
+            last_ms: None,
+            passed_ms: 0,
             scheduled: 0,
             dropped: 0,
         }
@@ -73,14 +77,16 @@ impl Pacer {
         } else {
             1.0
         };
-        let start = *self.start_ms.get_or_insert(now_ms);
-        let passed = now_ms.saturating_sub(start) as f64;
+        self.passed_ms += now_ms.saturating_sub(self.last_ms.unwrap_or(now_ms));
+        self.last_ms = Some(now_ms);
+        let passed = self.passed_ms as f64;
         // The hair keeps a frame from being missed by a rounding error at its very due time.
         let newest = (passed * fps / 1000.0 + 1e-6) as u64;
         if newest < self.scheduled {
             let due = libm::ceil(self.scheduled as f64 * 1000.0 / fps) as u64;
             // A frame due within this very millisecond still leaves time to wait for.
-            return Next::WaitUntil(start.saturating_add(due).max(now_ms.saturating_add(1)));
+            let wait = due.saturating_sub(self.passed_ms).max(1);
+            return Next::WaitUntil(now_ms.saturating_add(wait));
         }
         let dropped = newest - self.scheduled;
         self.scheduled = newest + 1;
@@ -129,6 +135,17 @@ mod tests {
                 now += stall;
             }
         }
+    }
+
+    #[test]
+    fn a_clock_set_back_does_not_stop_the_schedule() {
+        let mut pacer = Pacer::new(Pace::Fps(10.0));
+        for now in [5_000_000, 5_000_100, 5_000_200] {
+            assert_eq!(pacer.next(now, 0, 0, false), Next::Take { dropped: 0 });
+        }
+        assert_eq!(pacer.next(40, 0, 0, false), Next::WaitUntil(140));
+        assert_eq!(pacer.next(140, 0, 0, false), Next::Take { dropped: 0 });
+        assert_eq!(pacer.dropped(), 0);
     }
 
     #[test]

@@ -97,6 +97,7 @@ impl Source {
                     eprintln!("{name} is left out: {why}");
                     continue;
                 }
+                Read::NotYet => continue,
                 Read::Frame => {}
             }
             let class = source

@@ -258,7 +258,7 @@ pub fn draw(uri: &str, count: u64, stride: u64) -> Result<Vec<(String, String, V
         let index = at * stride;
         match source.read(index, &mut frame)? {
             Read::End => break,
-            Read::Skipped { .. } => continue,
+            Read::Skipped { .. } | Read::NotYet => continue,
             Read::Frame => {}
         }
         let Some(class) = source.truth(index) else {

@@ -11,11 +11,12 @@ use device_core::pace::Pace;
 use flywheel_shared::trust::TrustRoot;
 
 use crate::agent;
+use crate::capture::Capturer;
 use crate::config::Config;
 use crate::models::{Device, Runner};
-use crate::pipeline::Pipeline;
+use crate::pipeline::{Feed, Pipeline};
 use crate::shared::Shared;
-use crate::source;
+use crate::source::{self, FrameBuf, Read, Source, SourceError};
 use crate::state::State;
 
 /// A frame loop to be measured.
@@ -30,7 +31,8 @@ pub struct Rig {
 }
 
 impl Rig {
-    /// Puts a loop together that takes frames of `source` as fast as it can, or `fps` a second.
+    /// Puts a loop together that takes frames of `source` as fast as it can, or `fps` a second
+    /// from a capture thread, for which a listing of pictures starts over at its end.
     ///
     /// # Errors
     /// If the source or the folder of temporary files cannot be used.
@@ -41,8 +43,8 @@ impl Rig {
             ("source".to_owned(), source.into()),
         ]))?;
         let config = Config::parse(Path::new("bench"), &text)?;
-        let pace = fps.map_or(Pace::Max, Pace::Fps);
-        let frames = source::open(source)?;
+        let source = source::open(source)?;
+        let frames = source.len();
         let state = Arc::new(State::open(&folder.0)?);
         let device = Device {
             id: "bench".parse()?,
@@ -56,12 +58,58 @@ impl Rig {
             },
         };
         let (shared, _, _) = agent::open(&config, device, &state)?;
+        let (pace, feed) = match fps {
+            None => (Pace::Max, Feed::Direct(source)),
+            Some(fps) => {
+                let capturer = Capturer::new(Box::new(Over(source)), fps, 0, config.capture_frames);
+                let shelf = capturer.shelf();
+                // It ends when told to stop; nothing waits for it.
+                drop(capturer.spawn(Arc::clone(&shared))?);
+                (Pace::Fps(fps), Feed::Shelf(shelf))
+            }
+        };
         Ok(Self {
-            frames: frames.len(),
-            pipeline: Pipeline::new(&config, pace, frames, Some(runner), Arc::clone(&shared))?,
+            frames,
+            pipeline: Pipeline::new(&config, pace, feed, Some(runner), Arc::clone(&shared))?,
             shared,
             _folder: folder,
         })
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        self.shared.signal(|signals| signals.stop = true);
+    }
+}
+
+/// A source that starts over where it ends.
+struct Over(Box<dyn Source>);
+
+impl Source for Over {
+    fn id(&self) -> &str {
+        self.0.id()
+    }
+
+    fn read(&mut self, index: u64, into: &mut FrameBuf) -> Result<Read, SourceError> {
+        let frames = self.0.len().unwrap_or(u64::MAX);
+        self.0.read(index.checked_rem(frames).unwrap_or(0), into)
+    }
+
+    fn is_live(&self) -> bool {
+        self.0.is_live()
+    }
+
+    fn truth(&self, index: u64) -> Option<String> {
+        self.0.truth(index)
+    }
+
+    fn len(&self) -> Option<u64> {
+        self.0.len()
+    }
+
+    fn classes(&self) -> Vec<String> {
+        self.0.classes()
     }
 }
 

@@ -25,7 +25,7 @@ struct Summary {
 }
 
 /// Composes messages and remembers what was told.
-pub(super) struct Reporter {
+pub struct Reporter {
     hardware: String,
     source: String,
     engine: &'static str,
@@ -38,7 +38,8 @@ pub(super) struct Reporter {
 }
 
 impl Reporter {
-    pub(super) fn new(config: &Config, epoch: u32, now: Instant) -> Self {
+    /// A reporter that has told nothing yet.
+    pub fn new(config: &Config, epoch: u32, now: Instant) -> Self {
         Self {
             hardware: config.hardware.clone(),
             source: config.source.clone(),
@@ -101,7 +102,7 @@ impl Reporter {
     }
 
     /// A health message. Its time is later than that of the one before, whatever the clock does.
-    pub(super) fn health(&mut self, shared: &Shared, now_ms: u64) -> Result<Vec<u8>, SpoolError> {
+    pub fn health(&mut self, shared: &Shared, now_ms: u64) -> Result<Vec<u8>, SpoolError> {
         let at_ms = now_ms.max(self.last_at_ms + 1);
         let summary = self.summary(shared);
         let status = shared.status();

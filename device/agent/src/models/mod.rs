@@ -9,7 +9,7 @@ mod choice;
 mod package;
 mod runner;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use device_core::slot::{Action, Event, Held, Report, Slot, SlotError, SlotRecord};
@@ -44,6 +44,11 @@ pub enum LoadError {
     /// The engine or the golden inputs refuse it.
     #[error(transparent)]
     Runner(#[from] RunnerError),
+    /// A package outside the agent's own folder that is not named by its digest.
+    #[error(
+        "{0}: the folder of a package must be named by the digest of its manifest, as those under models/ of a data folder are; copy it with its name"
+    )]
+    Unnamed(PathBuf),
     /// The engine panicked on it.
     #[error("model {0}: the engine panicked; the model is damaged, or the engine has a bug")]
     Panicked(Digest),
@@ -55,9 +60,10 @@ impl LoadError {
         match self {
             Self::Runner(RunnerError::Golden { .. }) => SlotError::Golden,
             Self::Package(PackageError::Io { .. }) => SlotError::Storage,
-            Self::Package(PackageError::Trust { .. }) | Self::Runner(_) | Self::Panicked(_) => {
-                SlotError::Load
-            }
+            Self::Package(PackageError::Trust { .. })
+            | Self::Runner(_)
+            | Self::Unnamed(_)
+            | Self::Panicked(_) => SlotError::Load,
         }
     }
 }
@@ -71,11 +77,33 @@ pub struct Loader {
 }
 
 impl Loader {
+    /// What loads the packages in `models` of a data folder; nothing there is made or changed.
+    pub fn of(data: &Path, trust: TrustRoot, engine: EngineChoice) -> Self {
+        Self {
+            packages: Packages::borrow(&data.join("models")),
+            trust,
+            engine,
+        }
+    }
+
     /// Reads a package, checks every byte of it, and loads it with the engine.
     pub fn load(&self, digest: &Digest) -> Result<(Runner, Package), LoadError> {
         let package = self.packages.read(&self.trust, digest)?;
         let runner = self.engine.load(&package)?;
         Ok((runner, package))
+    }
+
+    /// Reads a package in any folder, checks it as all others, and proves it.
+    pub fn prove_at(&self, folder: &Path) -> Result<Runner, LoadError> {
+        let digest = folder
+            .file_name()
+            .and_then(|name| name.to_str()?.parse().ok())
+            .ok_or_else(|| LoadError::Unnamed(folder.to_owned()))?;
+        let there = Self {
+            packages: Packages::borrow(folder.parent().unwrap_or(Path::new(""))),
+            ..self.clone()
+        };
+        there.prove(&digest)
     }
 
     /// As [`Loader::load`], and runs the golden inputs.

@@ -132,6 +132,13 @@ impl Packages {
         })
     }
 
+    /// The packages in a folder that is not the agent's own: nothing there is made or changed.
+    pub fn borrow(root: &Path) -> Self {
+        Self {
+            root: root.to_owned(),
+        }
+    }
+
     fn folder(&self, manifest: &Digest) -> PathBuf {
         self.root.join(manifest.to_string())
     }

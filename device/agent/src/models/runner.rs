@@ -120,6 +120,22 @@ impl Runner {
         };
         let plan = load(kind, &bytes).map_err(|source| RunnerError::Engine { model, source })?;
         let scores = package.part(PartKind::Scores);
+        Self::assemble(model, package.sequence, &spec, plan, scores)
+    }
+
+    /// Puts a model together from a plan that is loaded already, and its score parameters.
+    pub fn assemble(
+        model: Digest,
+        sequence: u64,
+        spec: &ModelSpec<'_>,
+        plan: Box<dyn Plan>,
+        scores: &[u8],
+    ) -> Result<Self, RunnerError> {
+        let part = |part, problem: String| RunnerError::Part {
+            model,
+            part,
+            problem,
+        };
         let unusable = |error: ParamsError| part("scores part", format!("is not usable: {error}"));
         let mut params = vec![0.0; Params::len_f32(scores).map_err(unusable)?];
         let shape = Params::parse(scores, &mut params)
@@ -146,7 +162,7 @@ impl Runner {
         }
         Ok(Self {
             digest: model,
-            sequence: package.sequence,
+            sequence,
             labels: spec.labels().map(str::to_owned).collect(),
             spec: spec.input,
             task: spec.task,
@@ -314,7 +330,7 @@ impl Runner {
         if answered == 0 {
             return Err(wrong("belongs to a model without outputs".to_owned()));
         }
-        let mut meter = Meter::new();
+        let mut meter = Meter::default();
         let count = golden.frames.len().checked_div(golden.frame_len());
         let Some(count) = count.filter(|count| *count > 0) else {
             return Err(wrong("holds no frame".to_owned()));

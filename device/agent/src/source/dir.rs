@@ -41,7 +41,7 @@ struct Item {
     class: Option<usize>,
 }
 
-struct Picture {
+pub(super) struct Picture {
     width: u32,
     height: u32,
     /// RGB.
@@ -49,6 +49,28 @@ struct Picture {
     codec: Option<Codec>,
     /// The file, where `codec` can name its encoding; else empty.
     encoded: Vec<u8>,
+}
+
+impl Picture {
+    /// Puts the picture into a frame; time and track are left to the source.
+    pub(super) fn fill(&self, into: &mut FrameBuf) {
+        into.pixels.clone_from(&self.pixels);
+        into.encoded.clone_from(&self.encoded);
+        let cost = if self.codec.is_some() {
+            self.encoded.len()
+        } else {
+            self.pixels.len()
+        };
+        into.meta = Captured {
+            width: self.width,
+            height: self.height,
+            channels: 3,
+            seen_bytes: u32::try_from(cost).unwrap_or(u32::MAX),
+            encoded: self.codec,
+            captured_ms: 0,
+            track: 0,
+        };
+    }
 }
 
 impl DirSource {
@@ -183,22 +205,9 @@ impl Source for DirSource {
                 return Ok(Read::Skipped { name, why });
             }
         };
-        into.pixels.clone_from(&picture.pixels);
-        into.encoded.clone_from(&picture.encoded);
-        let cost = if picture.codec.is_some() {
-            picture.encoded.len()
-        } else {
-            picture.pixels.len()
-        };
-        into.meta = Captured {
-            width: picture.width,
-            height: picture.height,
-            channels: 3,
-            seen_bytes: u32::try_from(cost).unwrap_or(u32::MAX),
-            encoded: picture.codec,
-            captured_ms: captured_ms(self.start_ms, index),
-            track: file as u64,
-        };
+        picture.fill(into);
+        into.meta.captured_ms = captured_ms(self.start_ms, index);
+        into.meta.track = file as u64;
         Ok(Read::Frame)
     }
 
@@ -217,7 +226,7 @@ impl Source for DirSource {
 }
 
 /// Collects the picture files under a folder. Links to folders are not followed: they may loop.
-fn walk(folder: &Path, into: &mut Vec<PathBuf>) -> Result<(), SourceError> {
+pub(super) fn walk(folder: &Path, into: &mut Vec<PathBuf>) -> Result<(), SourceError> {
     let failed = |source| SourceError::Io {
         path: folder.to_owned(),
         source,
@@ -252,12 +261,16 @@ fn class_of(root: &Path, path: &Path) -> Option<String> {
 }
 
 /// Decodes a file by what it holds, not by what its name says.
-fn decode(bytes: Vec<u8>) -> Result<Picture, String> {
+pub(super) fn decode(bytes: Vec<u8>) -> Result<Picture, String> {
     if bytes.is_empty() {
         return Err("the file is empty".to_owned());
     }
     let format = image::guess_format(&bytes)
         .map_err(|_| "not a jpeg, png, bmp or ppm picture".to_owned())?;
+    // The decoder fills up what is missing with grey, which nobody should learn from.
+    if format == ImageFormat::Jpeg && !jpeg_is_whole(&bytes) {
+        return Err("the file ends early".to_owned());
+    }
     let mut limits = Limits::default();
     limits.max_image_width = Some(MAX_SIDE);
     limits.max_image_height = Some(MAX_SIDE);
@@ -281,4 +294,25 @@ fn decode(bytes: Vec<u8>) -> Result<Picture, String> {
         codec,
         encoded,
     })
+}
+
+/// Whether the picture data of a JPEG file ends in its end marker. Segments in front of the data
+/// are passed by their length, since one may hold a preview with an end of its own (ITU-T T.81,
+/// annex B).
+fn jpeg_is_whole(bytes: &[u8]) -> bool {
+    let mut rest = bytes.get(2..).unwrap_or_default();
+    while let [0xFF, marker, after @ ..] = rest {
+        match (*marker, after) {
+            // A fill byte.
+            (0xFF, _) => rest = &rest[1..],
+            // Start of scan: in the data an 0xFF is followed by 0 or a restart marker.
+            (0xDA, _) => return after.windows(2).any(|pair| pair == [0xFF, 0xD9]),
+            (_, [high, low, ..]) => {
+                let len = usize::from(u16::from_be_bytes([*high, *low]));
+                rest = after.get(len..).unwrap_or_default();
+            }
+            _ => return false,
+        }
+    }
+    false
 }

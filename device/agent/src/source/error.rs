@@ -9,10 +9,20 @@ use flywheel_models::sim::RoadsError;
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
     /// No such kind of source.
-    #[error("source {uri:?}: not one of sim:roads, idx:DIR, dir:PATH")]
+    #[error("source {uri:?}: not one of sim:roads, idx:DIR, dir:PATH, v4l2:/dev/videoN")]
     Scheme {
         /// The URI.
         uri: String,
+    },
+    /// A kind of source that this build leaves out.
+    #[error(
+        "source {uri:?}: this agent is built without it; build it with `cargo build --release -p flywheel-agent --features {feature}`"
+    )]
+    NotBuilt {
+        /// The URI.
+        uri: String,
+        /// The feature that has it.
+        feature: &'static str,
     },
     /// A parameter that this kind of source doesn't have.
     #[error("source {uri:?}: unknown parameter {name:?}; known here: {}", known.join(", "))]

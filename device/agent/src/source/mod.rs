@@ -1,21 +1,31 @@
 //! Frame sources. A source is random access: frame `i` is the same whenever it is read, so that an
-//! agent killed at frame `i` resumes at `i`, and virtual time is a function of the index.
+//! agent killed at frame `i` resumes at `i`, and virtual time is a function of the index. Live
+//! sources ([`Source::is_live`]), cameras and watched folders, can't be: they number what comes.
 //!
 //! A source is named by a URI:
 //!
 //! - `sim:roads?seed=7&size=32&rare=0.008&late=0.015&late_from=5000&conditions=all|clear-day&mix=stream|balanced`
 //! - `idx:DIR?seed=1&split=train|test&shard=0/4&pool=0..1&rare=8:0.005,3:0.01&late=9@5000&mix=stream|balanced`
 //! - `dir:PATH` lists the pictures under PATH once, sorted; `dir:PATH?stream=1&…` draws from them
-//!   endlessly with the parameters of `idx`.
+//!   endlessly with the parameters of `idx`; `dir:PATH?watch=1&poll_ms=200&deadline_ms=2000` takes
+//!   each picture that is put there, once.
+//! - `v4l2:/dev/video0?width=640&height=480&fps=30&format=auto|mjpeg|yuyv`, in builds with the
+//!   feature `v4l2`.
 //!
-//! All take `start_ms`, the capture time of frame 0. The path ends at the first `?`.
+//! Those that are not live take `start_ms`, the capture time of frame 0. The path ends at the
+//! first `?`.
 
+#[cfg(any(test, feature = "v4l2"))]
+mod camera;
 mod dir;
 mod draw;
 mod error;
 mod idx;
 mod query;
 mod roads;
+#[cfg(feature = "v4l2")]
+mod v4l2;
+mod watch;
 
 pub(crate) use draw::content_hash;
 pub use error::SourceError;
@@ -57,6 +67,8 @@ pub struct FrameBuf {
     pub pixels: Vec<u8>,
     /// The picture file as it came; empty unless `meta.encoded` names its codec.
     pub encoded: Vec<u8>,
+    /// Where a watched source would go on after this frame; empty for other sources.
+    pub mark: String,
     /// Shape, cost and time.
     pub meta: Captured,
 }
@@ -76,6 +88,7 @@ impl FrameBuf {
         Self {
             pixels: Vec::new(),
             encoded: Vec::new(),
+            mark: String::new(),
             meta,
         }
     }
@@ -108,6 +121,8 @@ pub enum Read {
         /// What is wrong with it.
         why: String,
     },
+    /// There is no frame at this index yet; ask again.
+    NotYet,
     /// The source has no frame at this index or any later one.
     End,
 }
@@ -122,6 +137,15 @@ pub trait Source: Send {
     /// # Errors
     /// The source itself fails; a single bad file is [`Read::Skipped`] instead.
     fn read(&mut self, index: u64, into: &mut FrameBuf) -> Result<Read, SourceError>;
+
+    /// Whether frames come when they come, each once, whatever index is asked for: a camera, or a
+    /// folder that is watched.
+    fn is_live(&self) -> bool {
+        false
+    }
+
+    /// Goes on after the frame with this [`FrameBuf::mark`]; before the first read.
+    fn resume(&mut self, _mark: &str) {}
 
     /// The class of frame `index`, where the source knows it.
     fn truth(&self, index: u64) -> Option<String>;
@@ -156,11 +180,25 @@ pub fn open(uri: &str) -> Result<Box<dyn Source>, SourceError> {
             folder.as_ref(),
             Query::parse(uri, query)?,
         )?)),
-        ("dir", folder) if !folder.is_empty() => Ok(Box::new(dir::DirSource::open(
-            uri,
-            folder.as_ref(),
-            Query::parse(uri, query)?,
-        )?)),
+        ("dir", folder) if !folder.is_empty() => {
+            let mut query = Query::parse(uri, query)?;
+            let folder = folder.as_ref();
+            if query.choice("watch", [("0", false), ("1", true)])? {
+                Ok(Box::new(watch::WatchSource::open(uri, folder, query)?))
+            } else {
+                Ok(Box::new(dir::DirSource::open(uri, folder, query)?))
+            }
+        }
+        #[cfg(feature = "v4l2")]
+        ("v4l2", device) if !device.is_empty() => {
+            let camera = v4l2::Camera::open(device.as_ref(), Query::parse(uri, query)?)?;
+            Ok(Box::new(camera::CameraSource::new(uri, Box::new(camera))))
+        }
+        #[cfg(not(feature = "v4l2"))]
+        ("v4l2", _) => Err(SourceError::NotBuilt {
+            uri: uri.to_owned(),
+            feature: "v4l2",
+        }),
         _ => Err(SourceError::Scheme {
             uri: uri.to_owned(),
         }),

@@ -76,8 +76,17 @@ fn write_picture(path: &Path, seed: u8) {
 #[test]
 fn bad_uris_are_named() {
     refused(
-        "v4l2:/dev/video0",
-        &["v4l2", "sim:roads", "idx:DIR", "dir:PATH"],
+        "rtsp:camera",
+        &["rtsp", "sim:roads", "idx:DIR", "dir:PATH", "v4l2:"],
+    );
+    #[cfg(not(feature = "v4l2"))]
+    refused("v4l2:/dev/video0", &["v4l2", "--features v4l2"]);
+    #[cfg(feature = "v4l2")]
+    refused("v4l2:/dev/no-such-camera", &["/dev/no-such-camera"]);
+    refused("dir:.?watch=2", &["watch=2", "0 or 1"]);
+    refused(
+        "dir:.?watch=1&stream=1",
+        &["stream", "poll_ms", "deadline_ms"],
     );
     refused("sim:rails", &["sim:rails", "sim:roads"]);
     refused("idx:", &["not one of"]);

@@ -269,6 +269,14 @@ impl Spool {
         self.held.is_empty()
     }
 
+    /// What it holds, sent or not.
+    pub fn usage(&self) -> Pending {
+        Pending {
+            records: self.held.len(),
+            bytes: self.live_bytes,
+        }
+    }
+
     /// The cloud has these numbers on disk: they are freed. Returns how many of them were sent
     /// and not unsent since.
     pub fn ack(&mut self, epoch: u32, ranges: &[(u32, u32)]) -> u32 {
