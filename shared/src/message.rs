@@ -268,7 +268,8 @@ pub struct Scores {
     pub novelty: f32,
     /// Uncertainty on the conformal scale: 1 − p-value of `margin`, 0 to 1.
     pub u_unsure: f32,
-    /// Novelty on the conformal scale: 1 − p-value of `novelty`, 0 to 1.
+    /// Novelty on the conformal scale, 0 to 1: 1 − p-value of `novelty`, or where the model has
+    /// prototypes of `novelty` and the distance to the nearest of them together.
     pub u_novel: f32,
     /// Posterior mass of the classes that the cloud has too few labels of, 0 to 1: how much the
     /// cloud would like to see this frame.

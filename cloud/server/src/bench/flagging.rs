@@ -110,7 +110,7 @@ struct Report {
 struct Model {
     /// The class that it never saw.
     held_out: String,
-    /// Seed of its training.
+    /// Seed of its training and of its streams.
     seed: u64,
     /// Accuracy on known classes of the stream's pictures.
     accuracy: f64,
@@ -174,7 +174,7 @@ pub fn run(args: &FlaggingArgs) -> Result<()> {
             accuracy,
         });
         for (name, outcomes) in &mut found {
-            outcomes.push(scored.flag(name, args)?);
+            outcomes.push(scored.flag(name, seed, args)?);
         }
     }
     progress.finish_and_clear();
@@ -451,7 +451,7 @@ impl ScoredSet {
     }
 
     /// Runs every stream under what `name` says.
-    fn flag(&self, name: &str, args: &FlaggingArgs) -> Result<Outcome> {
+    fn flag(&self, name: &str, seed: u64, args: &FlaggingArgs) -> Result<Outcome> {
         let (u, shares) = match name {
             LANES => (None, production_shares()),
             RANDOM => (None, stream::alone(Lane::Uniform)),
@@ -474,7 +474,7 @@ impl ScoredSet {
             let plan = Plan {
                 frames: args.frames,
                 novel: args.novel,
-                seed: args.seed.wrapping_mul(1000).wrapping_add(number),
+                seed: seed.wrapping_mul(1_000_003).wrapping_add(number),
             };
             total.add(&stream::run(&self.frames, u, config, plan)?);
         }
