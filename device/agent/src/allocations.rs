@@ -63,6 +63,13 @@ pub fn of_all_threads() -> u64 {
     ALL.load(Ordering::Relaxed)
 }
 
+/// Whether the program has [`Counting`] as its allocator.
+pub fn are_counted() -> bool {
+    let before = of_this_thread();
+    drop(std::hint::black_box(Box::new(0u8)));
+    of_this_thread() > before
+}
+
 /// From now on, allocations of all threads are counted too.
 pub fn count_all() {
     COUNTS_ALL.store(true, Ordering::Relaxed);

@@ -55,7 +55,7 @@ fn check(source: &str) {
         // Both kinds of frames were seen, and more than lie between two saves of the position.
         assert!(measured.flagged > 0, "{engine} on {source}");
         assert!(measured.frames - measured.flagged > 200);
-        let counted = measured.allocations;
+        let counted = measured.allocations.unwrap();
         assert_eq!(counted.outside_unflagged_max, 0, "{engine} on {source}");
         assert_eq!(counted.outside_unflagged, 0.0);
         assert_eq!(counted.score_trigger_max, 0);

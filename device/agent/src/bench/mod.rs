@@ -365,7 +365,8 @@ impl Tally {
         if meter.lap(Stage::Spool).is_some() {
             self.flagged += 1;
             self.outside_flagged += outside;
-        } else {
+        } else if meter.lap(Stage::Preprocess).is_some() {
+            // Of a picture that cannot be read, the log says so, which allocates.
             let (sum, max) = &mut self.outside_unflagged;
             *sum += outside;
             *max = outside.max(*max);
@@ -383,7 +384,7 @@ impl Tally {
             }
         };
         let sum = |stage: Stage| self.allocated[stage as usize].0;
-        let allocations = Allocations {
+        let taken = Allocations {
             outside_unflagged: mean(self.outside_unflagged.0, self.frames - self.flagged),
             outside_unflagged_max: self.outside_unflagged.1,
             score_trigger_max: self.score_trigger_max,
@@ -392,6 +393,7 @@ impl Tally {
             other_threads: mean(other_threads, self.frames),
             source: mean(sum(Stage::Read), self.frames),
         };
+        let counted = allocations::are_counted();
         let mut medians = [0.0; Stage::ALL.len()];
         let mut stages = Vec::new();
         for (stage, laps) in Stage::ALL.into_iter().zip(&mut self.laps) {
@@ -405,8 +407,8 @@ impl Tally {
                 stage: stage.name(),
                 count: laps.len(),
                 time,
-                allocations: mean(sum, laps.len() as u64),
-                max_allocations: max,
+                allocations: counted.then(|| mean(sum, laps.len() as u64)),
+                max_allocations: counted.then_some(max),
             });
         }
         let median = |stage: Stage| medians[stage as usize];
@@ -416,7 +418,7 @@ impl Tally {
             stages,
             frame: Percentiles::of(&mut self.frame),
             total: Percentiles::of(&mut self.total),
-            allocations,
+            allocations: counted.then_some(taken),
             frames: self.frames,
             flagged: self.flagged,
             ..Measured::default()

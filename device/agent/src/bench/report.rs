@@ -80,8 +80,8 @@ pub struct Measured {
     pub total: Percentiles,
     /// Median of score plus median of trigger, by median of infer.
     pub score_trigger_share: f64,
-    /// Heap allocations.
-    pub allocations: Allocations,
+    /// Heap allocations; absent where the program does not count them.
+    pub allocations: Option<Allocations>,
     /// Resident memory at the end, in KiB; engines measured before are in it.
     pub rss_kib: u64,
     /// The largest it was.
@@ -111,10 +111,10 @@ pub struct StageReport {
     /// Its time.
     #[serde(flatten)]
     pub time: Percentiles,
-    /// Mean allocations of a frame that came to it, on the frame loop's thread.
-    pub allocations: f64,
-    /// Most allocations of a frame.
-    pub max_allocations: u64,
+    /// Mean allocations of a frame that came to it, on the frame loop's thread, if counted.
+    pub allocations: Option<f64>,
+    /// Most allocations of a frame, if counted.
+    pub max_allocations: Option<u64>,
 }
 
 /// Microseconds, by nearest rank.
@@ -232,25 +232,27 @@ impl fmt::Display for Measured {
         )?;
         for stage in &self.stages {
             row(f, stage.stage, &stage.time)?;
-            writeln!(f, "{:>8}{:>14.2}", stage.count, stage.allocations)?;
+            match stage.allocations {
+                Some(mean) => writeln!(f, "{:>8}{mean:>14.2}", stage.count)?,
+                None => writeln!(f, "{:>8}{:>14}", stage.count, "-")?,
+            }
         }
         for (name, time) in [("frame", &self.frame), ("total", &self.total)] {
             row(f, name, time)?;
             writeln!(f, "{:>8}", self.frames)?;
         }
-        let Allocations {
-            outside_unflagged,
-            outside_unflagged_max,
-            engine,
-            other_threads,
-            ..
-        } = self.allocations;
-        writeln!(
-            f,
-            "  score + trigger {:.2} % of infer; allocations per unflagged frame outside the engine {outside_unflagged:.2} (at most {outside_unflagged_max}), in it {:.1}",
-            100.0 * self.score_trigger_share,
-            engine + other_threads,
-        )?;
+        let share = 100.0 * self.score_trigger_share;
+        write!(f, "  score + trigger {share:.2} % of infer; ")?;
+        match &self.allocations {
+            Some(counted) => writeln!(
+                f,
+                "allocations per unflagged frame outside the engine {:.2} (at most {}), in it {:.1}",
+                counted.outside_unflagged,
+                counted.outside_unflagged_max,
+                counted.engine + counted.other_threads,
+            )?,
+            None => writeln!(f, "allocations are counted by flywheel-agent only")?,
+        }
         writeln!(
             f,
             "  load {:.1} ms, golden inputs {}, RSS {} KiB (peak {}), flagged {}, dropped {}, skipped {}, {:.0} frames/s",
