@@ -12,9 +12,9 @@ use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
 
-use burn::module::{Module, ModuleMapper, Param};
 #[cfg(feature = "std")]
 use burn::module::ModuleVisitor;
+use burn::module::{Module, ModuleMapper, Param};
 #[cfg(feature = "std")]
 use burn::tensor::Gradients;
 use burn::tensor::{Device, Tensor, TensorData};

@@ -21,6 +21,7 @@ pub const CLASSES: usize = 32;
 pub const DIM: usize = 64;
 
 /// What happens to a device.
+#[allow(clippy::large_enum_variant)] // There is no alloc to box with.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Input<'a> {
     /// Time passed, or the link changed.

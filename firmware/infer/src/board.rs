@@ -15,7 +15,7 @@ const SLOT_AT: usize = 0x6000_0000;
 /// The heap, above the slot in the same memory.
 const HEAP_AT: usize = 0x6040_0000;
 /// Its size in bytes. Reading a record takes most of it; see the peaks that are printed.
-const HEAP: usize = 4 << 20;
+const HEAP: usize = 2_560 << 10;
 
 /// The heap, and the most that was ever taken of it.
 struct Counted {

@@ -202,13 +202,13 @@ pub fn live(
             .map_err(|_| Broken("the slot does not start"))?;
         writeln!(
             out,
-            "device: start at frame {}: {} held, {} lost in the crash",
+            "life: start at frame {}: {} held, {} lost in the crash",
             world.frame, found.held, found.crashed
         )?;
         while !world.is_over(device) {
             world.step(device, &mut bench, record)?;
             if device.flash().is_cut() {
-                writeln!(out, "device: the power is cut at frame {}", world.frame)?;
+                writeln!(out, "life: the power is cut at frame {}", world.frame)?;
                 bench.reset();
                 break;
             }
@@ -389,7 +389,7 @@ fn audit(
     }
     let live = device.record().live.map(|model| model.sequence);
     match live {
-        Some(sequence) => writeln!(out, "device: model {sequence} is live")?,
+        Some(sequence) => writeln!(out, "life: model {sequence} is live")?,
         None => return Err(Broken("the offered model is not live")),
     }
     Ok(())
