@@ -55,11 +55,7 @@ mod tests {
 
     #[test]
     fn the_unusual_rises_with_the_score_and_errors_are_mean_squares() {
-        let shape = Shape {
-            classes: 1,
-            dim: 0,
-            table: 3,
-        };
+        let shape = Shape::plain(1, 0, 3);
         let mut values = vec![0.0; shape.values()];
         values[..2].copy_from_slice(&[1.0, 9.0]);
         values[shape.layout().novel].copy_from_slice(&[0.0, 1.0, 4.0]);

@@ -19,6 +19,10 @@ mod vector;
 pub use vector::normalise;
 use vector::saturate;
 
+/// Part of the mean below which a class is short of labels; of classes that are about equal, half
+/// lie below the mean.
+pub const SCARCE: f32 = 0.9;
+
 /// Why an answer can't be scored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ScoreError {
@@ -82,8 +86,8 @@ impl core::error::Error for ScoreError {}
 /// - `u_unsure`: [`conformal`] of −margin.
 /// - `u_novel`: [`conformal`] of novelty, and where the parameters hold prototypes of
 ///   [`fused`], which takes the distance to the nearest of them into account.
-/// - `rarity` = Σ pₖ·max(0, 1 − nₖ/n̄), nₖ the training items of class k and n̄ their mean over the
-///   classes that have any: the expected need for a label.
+/// - `rarity` = Σ pₖ·(1 − nₖ/n̄) over the classes with nₖ < [`SCARCE`]·n̄, nₖ the training items of
+///   class k and n̄ their mean over the classes that have any: the expected need for a label.
 ///
 /// Finite inputs give finite scores: distances that overflow saturate at `f32::MAX`, which is
 /// most novel.
@@ -185,7 +189,7 @@ fn rarity(logits: &[f32], t: f32, max: f32, sum: f32, counts: &[f32]) -> f32 {
     let enough = items / classes;
     let mut mass = 0.0f32;
     for (&logit, &count) in logits.iter().zip(counts) {
-        if count > 0.0 && count < enough {
+        if count > 0.0 && count < SCARCE * enough {
             mass += libm::expf((logit - max) / t) / sum * (1.0 - count / enough);
         }
     }

@@ -31,8 +31,9 @@ fn main() -> ! {
 /// Runs the scenario; an error if it failed, if output is lost or if the stack was used up.
 fn report() -> Result<(), ()> {
     let mut out = hio::hstdout()?;
+    let nor = &raw mut _nor;
     // SAFETY: memory that the linker script gives to nobody else, borrowed once.
-    let nor = unsafe { &mut *(&raw mut _nor) };
+    let nor = unsafe { &mut *nor };
     nor.fill(0xFF);
     let result = firmware_scenario::run(&mut out, nor);
     let (used, size) = stack();

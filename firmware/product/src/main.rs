@@ -44,15 +44,10 @@ fn run() -> Result<(), ()> {
     syst.set_reload(RELOAD - 1);
     syst.clear_current();
     syst.enable_counter();
+    let (nor, recording, message) = (&raw mut _nor, &raw const _recording, &raw mut MESSAGE);
     // SAFETY: memory that the linker script gives to nobody else, borrowed here only and once; the
     // recording was put there before the start and is never written to.
-    let (nor, recording, message) = unsafe {
-        (
-            &mut *(&raw mut _nor),
-            &*(&raw const _recording),
-            &mut *(&raw mut MESSAGE),
-        )
-    };
+    let (nor, recording, message) = unsafe { (&mut *nor, &*recording, &mut *message) };
     nor.fill(0xFF);
     // The counter counts down, and is scaled so that its 24 bits wrap like 32.
     let clock = || 0u32.wrapping_sub(SYST::get_current() << 8);

@@ -110,7 +110,7 @@ impl World {
                     (
                         Split::Golden,
                         format!("sim:roads?seed={}&mix=balanced", seed.wrapping_add(902)),
-                        size(1080),
+                        size(2160),
                         SIM_STRIDE,
                     ),
                 ],

@@ -353,7 +353,7 @@ fn fresh_net(train: &[Labelled], classes: usize) -> Result<(NetConfig, InputSpec
 
 /// Steps of a run that was not told: passes over the data, within bounds that keep a round short.
 fn steps_for(examples: usize, fine_tune: bool) -> usize {
-    let passes = if fine_tune { 70 } else { 25 };
+    let passes = if fine_tune { 75 } else { 25 };
     (examples * passes / 64).clamp(300, 2800)
 }
 

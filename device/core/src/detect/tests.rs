@@ -263,11 +263,7 @@ fn what_does_not_fit_is_refused() {
 }
 
 fn scored(confidences: &[(u16, f32)]) -> Scores {
-    let shape = Shape {
-        classes: 2,
-        dim: 0,
-        table: 3,
-    };
+    let shape = Shape::plain(2, 0, 3);
     let mut values = vec![0.0; shape.values()];
     values[0] = 1.0;
     values[1] = 99.0;
