@@ -4,8 +4,11 @@ fn main() {
     println!("cargo:rerun-if-changed=memory.x");
     println!("cargo:rerun-if-changed=build.rs");
     if std::env::var("CARGO_CFG_TARGET_OS").as_deref() == Ok("none") {
-        let here = env!("CARGO_MANIFEST_DIR");
-        println!("cargo:rustc-link-search={here}");
+        // From where this build writes, since a checkout in another place reuses what it finds there.
+        let out = std::env::var("OUT_DIR").expect("cargo sets OUT_DIR for build scripts");
+        std::fs::write(format!("{out}/memory.x"), include_str!("memory.x"))
+            .expect("cargo's output folder can be written");
+        println!("cargo:rustc-link-search={out}");
         println!("cargo:rustc-link-arg-bins=-Tlink.x");
     }
 }
