@@ -150,7 +150,8 @@ fn a_device_behind_its_camera_and_at_its_limits_allocates_nothing() {
             break;
         }
         if World::get(&device.world.looked[0]) == looked {
-            assert_eq!(taken, 0, "waiting");
+            let warm = unflagged >= 100;
+            assert!(!warm || taken == 0, "{taken} waiting after frame {looked}");
         } else if lock(&device.shared.spool).usage().records > records {
             flagged += 1;
         } else {
