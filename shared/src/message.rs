@@ -200,6 +200,15 @@ pub enum LossReason {
 }
 
 impl LossReason {
+    /// All reasons in the order of their numbers.
+    pub const ALL: [Self; 5] = [
+        Self::Evicted,
+        Self::Crash,
+        Self::Disk,
+        Self::Corrupt,
+        Self::Oversize,
+    ];
+
     /// The name used in reports.
     pub fn name(self) -> &'static str {
         match self {

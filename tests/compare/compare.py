@@ -143,30 +143,22 @@ def installed(*names):
 
 def cases(args, folder):
     """Models with the pictures they are run on."""
-    models = args.data / "models"
-    mnist = models / "libonnx/mnist_8/model.onnx"
-    digits = args.data / "mnist_idx"
-    if mnist.is_file() and digits.is_dir():
-        pictures = digit_pictures(digits, folder / "digits")
-        yield case(args, folder, "mnist_8", mnist, pictures, "28×28 PNG, no resizing")
-    else:
-        absent("mnist_8", mnist, digits)
-    resnet = models / "vnncomp_cifar10/benchmarks/cifar10_resnet/onnx/resnet_2b.onnx"
-    cifar = args.data / "cifar10_lossless"
-    if resnet.is_file() and cifar.is_dir():
-        pictures = cifar_pictures(cifar, folder / "cifar")
-        yield case(args, folder, "resnet_2b", resnet, pictures, "32×32 PNG, no resizing")
-    else:
-        absent("resnet_2b", resnet, cifar)
-    tiny = models / "mlperf_tiny/benchmark/training/image_classification/trained_models"
-    tiny /= "pretrainedResnet_quant.tflite"
-    if tiny.is_file() and cifar.is_dir():
-        if not (folder / "cifar").is_dir():
-            cifar_pictures(cifar, folder / "cifar")
-        note = "MLPerf Tiny, int8, 32×32 PNG, no resizing"
-        yield case(args, folder, "resnet8_int8", tiny, folder / "cifar", note)
-    else:
-        absent("resnet8_int8", tiny, cifar)
+    digits, cifar = args.data / "mnist_idx", args.data / "cifar10_lossless"
+    resnet = "vnncomp_cifar10/benchmarks/cifar10_resnet/onnx/resnet_2b.onnx"
+    tiny = "mlperf_tiny/benchmark/training/image_classification/trained_models"
+    for name, path, source, make, note in (
+        ("mnist_8", "libonnx/mnist_8/model.onnx", digits, digit_pictures, "28×28 PNG, no resizing"),
+        ("resnet_2b", resnet, cifar, cifar_pictures, "32×32 PNG, no resizing"),
+        ("resnet8_int8", f"{tiny}/pretrainedResnet_quant.tflite", cifar, cifar_pictures,
+         "MLPerf Tiny, int8, 32×32 PNG, no resizing"),
+    ):
+        model, pictures = args.data / "models" / path, folder / source.name
+        if not (model.is_file() and source.is_dir()):
+            absent(name, model, source)
+            continue
+        if not pictures.is_dir():
+            make(source, pictures)
+        yield case(args, folder, name, model, pictures, note)
     built_in = folder / "built-in"
     subprocess.run([args.agent, "bench", "--export", built_in], check=True, capture_output=True)
     waste = args.data / "trashnet_small"
@@ -346,7 +338,7 @@ def table(report):
         for runtime, r in case["runtimes"].items():
             lines.append(
                 f"| {case['name']} | {NAMES[runtime]} | {r['infer_us']:.1f} | {r['infer_ratio']:.2f} "
-                f"| {r['total_us']:.0f} | {r['total_ratio']:.2f} | {r['rss_kib'] / 1000:.0f} "
+                f"| {r['total_us']:.0f} | {r['total_ratio']:.2f} | {r['rss_kib'] * 1.024 / 1000:.0f} "
                 f"| {r['start_ms']:.0f} | {100 * r['same_decision']:.1f} % |"
             )
     lines += ["", "| | MB on disk |", "|---|---|"]

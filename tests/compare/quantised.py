@@ -1,5 +1,6 @@
 """Writes a quantised TFLite network as ONNX with QuantizeLinear and DequantizeLinear (QDQ), so that
-ONNX Runtime and Flywheel run the very same integers as LiteRT.
+ONNX Runtime and Flywheel are given the very same integers as LiteRT (tract computes with them in
+float).
 
 It knows the operators of the MLPerf Tiny ResNet and refuses others by name. The ONNX file takes
 f32, NCHW, pixels divided by 255, and gives the logits: a final softmax is left out.

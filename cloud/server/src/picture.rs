@@ -118,6 +118,19 @@ impl Picture {
         }
     }
 
+    /// The same picture with no side longer than `most` pixels.
+    ///
+    /// # Errors
+    /// If it has no pixels.
+    pub fn at_most(self, most: u32) -> Result<Self> {
+        let largest = self.width.max(self.height);
+        if largest <= most {
+            return Ok(self);
+        }
+        let side = |side: u32| (side * most / largest).max(1);
+        self.resized(side(self.width), side(self.height), self.channels)
+    }
+
     /// The same picture at `width` × `height` with `channels`, by the resampling that devices
     /// use, so that what is trained on is what is seen.
     ///

@@ -141,9 +141,10 @@ impl Capturer {
             self.index = self.index.saturating_add(missed);
             lock(&self.shelf.0).backlog.miss(missed);
         }
+        // Before the read, which may hang.
+        lock(&self.shelf.0).quiet = false;
         let read = self.source.read(self.index, &mut self.frame);
         let mut inner = lock(&self.shelf.0);
-        inner.quiet = false;
         match read {
             Ok(Read::Frame) => {
                 self.failures = 0;

@@ -3,7 +3,6 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::{Parser, Subcommand, ValueEnum};
 use flywheel_shared::ids::{DeviceId, IdError};
@@ -11,6 +10,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::agent::{self, Mode};
 use crate::bench::{self, BenchArgs};
+use crate::clock::unix_ms;
 use crate::config::Config;
 use crate::doctor;
 use crate::enroll::{self, Request};
@@ -77,7 +77,7 @@ enum Command {
     },
     /// Trade a one-time token for an identity.
     #[command(
-        after_help = "Example:\n  flywheel device enroll        # on the server: prints a token\n  flywheel-agent enroll --url http://127.0.0.1:8080 --token 3f9c… --data /var/lib/flywheel"
+        after_help = "Example:\n  flywheel device enroll        # on the server: prints a token\n  flywheel-agent enroll --url http://127.0.0.1:7878 --token 3f9c… --data /var/lib/flywheel"
     )]
     Enroll {
         /// The server, http://HOST:PORT.
@@ -150,9 +150,7 @@ fn execute(command: Command) -> anyhow::Result<ExitCode> {
         }
         Command::Bench(args) => bench::run(&args)?,
         Command::Doctor { config, json } => {
-            let now = SystemTime::now().duration_since(UNIX_EPOCH);
-            let now_ms = now.map_or(0, |since| since.as_millis() as u64);
-            let report = doctor::examine(&config, now_ms)?;
+            let report = doctor::examine(&config, unix_ms())?;
             if json {
                 println!("{}", serde_json::to_string_pretty(&report)?);
             } else {

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::time::Instant;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 /// The clocks of the frame loop.
 pub trait Clock: Send + Sync {
@@ -16,6 +16,13 @@ pub trait Clock: Send + Sync {
 
     /// Processor time that the process has used, in microseconds; 0 if that is not known.
     fn cpu_us(&self) -> u64;
+}
+
+/// The wall clock, Unix milliseconds; 0 if it stands before 1970.
+pub fn unix_ms() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |elapsed| elapsed.as_millis() as u64)
 }
 
 /// The clocks of this machine.

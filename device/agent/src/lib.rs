@@ -15,6 +15,7 @@
 //! | [`link`] | the driver of uplink and slot |
 //! | [`transport`] | QUIC and MQTT |
 //! | [`state`] | what survives restarts |
+//! | [`clock`] | time as the frame loop sees it |
 //! | [`identity`], [`enroll`] | who the device is |
 //! | [`doctor`] | what is wrong with this device, and the mend |
 //! | [`metrics`] | what is counted and timed, for Prometheus |

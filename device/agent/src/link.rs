@@ -6,7 +6,7 @@ mod install;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use device_core::slot;
 use device_core::uplink::{Action, Event, Transport, Uplink, UplinkConfig};
@@ -19,6 +19,7 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 
+use crate::clock::unix_ms;
 use crate::config::Config;
 use crate::identity::Identity;
 use crate::shared::{Shared, lock};
@@ -455,11 +456,4 @@ impl Link {
             connection.close().await;
         }
     }
-}
-
-/// The wall clock, Unix milliseconds.
-fn unix_ms() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |elapsed| elapsed.as_millis() as u64)
 }

@@ -36,7 +36,8 @@ use crate::wire;
 
 /// Frames between two saves of the position in the source.
 const SAVE_EVERY: u64 = 64;
-/// The same for frames from a shelf, which are not read again anyway: every save wears the flash.
+/// The same for frames from a shelf, since every save wears the flash. A camera's are not read again
+/// anyway; of a replayed source, up to that many are after a kill.
 const SAVE_EVERY_LIVE: u64 = 512;
 /// Longest wait for a frame of the capture thread before the watchdog is thought of.
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
@@ -681,6 +682,6 @@ impl Pipeline {
 fn complain(count: &mut u64, frame: u64, error: &RunnerError) {
     *count += 1;
     if *count <= LOUD || count.is_multiple_of(1000) {
-        tracing::error!(frame, %error, count, "the live model gave no answer");
+        tracing::error!(frame, %error, count, "a model gave no answer");
     }
 }

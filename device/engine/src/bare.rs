@@ -1,10 +1,14 @@
 //! What an ONNX file says about itself, for a model that comes without a spec: enough to measure
 //! it, and to refuse what no engine here runs.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use thiserror::Error;
 use tract_onnx::prelude::*;
 use tract_onnx::tract_hir::infer::Factoid;
 use tract_onnx::tract_hir::internal::DimLike;
+
+use crate::engine::panic_text;
 
 /// Most values of an output that is taken for class scores or an embedding.
 const MAX_VALUES: usize = 1024;
@@ -35,6 +39,12 @@ pub struct BareError(String);
 /// [`BareError`] for bytes that are no ONNX, another input, or a first output that is not one row
 /// of 1 to 1024 values.
 pub fn describe(onnx: &[u8]) -> Result<Bare, BareError> {
+    // Damaged bytes can make the loader panic; it leaves nothing half done.
+    catch_unwind(AssertUnwindSafe(|| read(onnx)))
+        .unwrap_or_else(|panic| Err(BareError(panic_text(&*panic).to_owned())))
+}
+
+fn read(onnx: &[u8]) -> Result<Bare, BareError> {
     let say = |error: TractError| BareError(format!("{error:#}"));
     let model = tract_onnx::onnx()
         .model_for_read(&mut std::io::Cursor::new(onnx))

@@ -201,11 +201,6 @@ impl<'a, F: NorFlash, const N: usize> Device<'a, F, N> {
         self.counts
     }
 
-    /// Samples that the spool holds at most.
-    pub fn capacity(&self) -> usize {
-        self.spool.capacity()
-    }
-
     /// The slot's record.
     pub fn record(&self) -> &SlotRecord {
         self.slot.record()

@@ -226,7 +226,6 @@ struct World {
     /// Ticks of [`FRAME_MS`]; a frame each, as long as there are any.
     frame: u64,
     pixels: [u8; PIXELS],
-    offered: bool,
 }
 
 impl World {
@@ -235,7 +234,6 @@ impl World {
             stream: Stream::new(51),
             frame: 0,
             pixels: core::array::from_fn(|at| (at * 31) as u8),
-            offered: false,
         }
     }
 
@@ -282,8 +280,7 @@ impl World {
             };
             take(device, bench, record, &self.timed(input))?;
         }
-        if self.frame == 1 && !self.offered {
-            self.offered = true;
+        if self.frame == 1 {
             let mut message = [0; 1024];
             let bytes = offer(&mut message)?;
             take(device, bench, record, &self.timed(Input::Message(bytes)))?;

@@ -125,7 +125,7 @@ pub enum QueueError {
         until_ms: u64,
     },
     /// The worker does not hold it.
-    #[error("item {item} is not leased to {worker};somebody else has it; take another")]
+    #[error("item {item} is not leased to {worker}; somebody else has it; take another")]
     NotHolder {
         /// The item.
         item: ItemId,
@@ -133,7 +133,7 @@ pub enum QueueError {
         worker: String,
     },
     /// It has a class already.
-    #[error("item {item} is labelled `{class}` by {worker}already")]
+    #[error("item {item} is labelled `{class}` by {worker} already")]
     AlreadyLabelled {
         /// The item.
         item: ItemId,

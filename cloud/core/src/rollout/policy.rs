@@ -75,7 +75,8 @@ impl Policy {
         Ok(())
     }
 
-    pub(super) fn covers(&self, device: &Device) -> bool {
+    /// Whether a rollout with this policy is for the device.
+    pub fn covers(&self, device: &Device) -> bool {
         self.group
             .as_ref()
             .is_none_or(|group| *group == device.group)

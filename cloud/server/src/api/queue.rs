@@ -16,15 +16,12 @@ use utoipa_axum::routes;
 use super::blocking;
 use super::types::{
     DatasetDiff, DatasetView, ErrorBody, FreezeRequest, ImportQuery, ItemView, LabelRequest,
-    NextRequest, QueueItem, QueueStats, SkipRequest,
+    NextRequest, PSEUDO_ABOVE, QueueItem, QueueStats, SkipRequest,
 };
 use crate::cloud::Cloud;
 use crate::service::Fault;
 
 type Shared = State<Arc<Cloud>>;
-
-/// Probability from which the champion's class stands in for a label, unless a request says.
-const PSEUDO_ABOVE: f32 = 0.9;
 
 pub fn routes() -> OpenApiRouter<Arc<Cloud>> {
     OpenApiRouter::new()
@@ -109,7 +106,7 @@ async fn item(State(cloud): Shared, Path(item): Path<u64>) -> Result<Json<QueueI
 }
 
 /// A picture as PNG.
-#[utoipa::path(get, path = "/v1/pictures/{digest}", params(("digest" = String, Path, description = "SHA-256 of the stored bytes")), responses((status = 200, content_type = "image/png"), (status = 404, body = ErrorBody)), tag = "queue")]
+#[utoipa::path(get, path = "/v1/pictures/{digest}", params(("digest" = String, Path, description = "SHA-256 of the stored bytes")), responses((status = 200, content_type = "image/png"), (status = 404, body = ErrorBody), (status = 422, body = ErrorBody)), tag = "queue")]
 async fn picture(State(cloud): Shared, Path(digest): Path<String>) -> Result<Response, Fault> {
     let Json(png) = blocking(move || {
         let digest: Digest = digest

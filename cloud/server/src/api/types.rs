@@ -247,6 +247,9 @@ pub struct QueueStats {
     pub classes: Vec<String>,
 }
 
+/// Probability from which the champion's class stands in for a label, unless a request says.
+pub const PSEUDO_ABOVE: f32 = 0.9;
+
 /// Freezes what is labelled now.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

@@ -104,6 +104,14 @@ pub fn run(args: &LatencyArgs) -> Result<()> {
         .collect();
 
     let mut scratch = vec![0.0; params.shape().scratch()];
+    let mut say = |logits: &[f32], embedding: &[f32]| {
+        score(
+            black_box(logits),
+            black_box(embedding),
+            &params,
+            &mut scratch,
+        )
+    };
     let mut probabilities = vec![0.0; k];
     let mut codes = vec![0i8; d];
     let mut whole = vec![0i32; integer.map_or(0, |integer| integer.rank())];
@@ -127,24 +135,14 @@ pub fn run(args: &LatencyArgs) -> Result<()> {
         })?);
         times[1].push(timed(|| {
             for (logits, embedding) in answers() {
-                let scores = score(
-                    black_box(logits),
-                    black_box(embedding),
-                    &params,
-                    &mut scratch,
-                )?;
+                let scores = say(logits, embedding)?;
                 black_box(&scores);
             }
             Ok(())
         })?);
         times[2].push(timed(|| {
             for (logits, embedding) in answers() {
-                let scores = score(
-                    black_box(logits),
-                    black_box(embedding),
-                    &params,
-                    &mut scratch,
-                )?;
+                let scores = say(logits, embedding)?;
                 let flag = trigger.observe(Observation {
                     frame_bytes: 3072,
                     cost: 1200,

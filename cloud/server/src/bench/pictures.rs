@@ -124,16 +124,11 @@ impl Source {
 }
 
 fn shrunk(frame: &FrameBuf) -> Result<Picture> {
-    let picture = Picture {
+    Picture {
         width: frame.meta.width,
         height: frame.meta.height,
         channels: frame.meta.channels,
         pixels: frame.pixels.clone(),
-    };
-    let largest = picture.width.max(picture.height);
-    if largest <= MAX_SIDE {
-        return Ok(picture);
     }
-    let side = |side: u32| (side * MAX_SIDE / largest).max(1);
-    picture.resized(side(picture.width), side(picture.height), picture.channels)
+    .at_most(MAX_SIDE)
 }

@@ -4,18 +4,14 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use cloud_trainer::{Example, TrainConfig};
 use device_engine::{EngineKind, ModelBytes, Output, Plan, preprocess};
-use flywheel_models::{NetConfig, Weights};
+use flywheel_models::Weights;
 use flywheel_shared::spec::{ClassOutput, InputSpec, ModelSpec, Task};
 
 use super::pictures::Item;
-
-/// Values of the embedding, as in production.
-const EMBEDDING: usize = 64;
-/// Largest side of the model's input, as in production.
-const MAX_INPUT: u32 = 64;
+use crate::service::training::fresh_net;
 
 /// A trained model, loaded.
 pub struct Subject {
@@ -58,38 +54,19 @@ impl Subject {
         steps: usize,
         progress: &mut dyn FnMut(),
     ) -> Result<Self> {
-        let Some(largest) = items
-            .iter()
-            .map(|item| item.picture.width.max(item.picture.height))
-            .max()
-        else {
-            bail!("there is nothing to train on");
-        };
-        let side = largest.min(MAX_INPUT).next_multiple_of(4).max(16);
-        let channels = items
-            .iter()
-            .map(|item| item.picture.channels)
-            .max()
-            .unwrap_or(1);
-        let spec = InputSpec {
-            mean: [0.5; 3],
-            std: [0.25; 3],
-            ..InputSpec::new(side as u16, side as u16, channels)
-        };
-        let net = NetConfig {
-            channels: usize::from(channels),
-            width: side as usize,
-            height: side as usize,
-            classes,
-            embedding: EMBEDDING,
-        };
+        let pictures = items.iter().map(|item| &item.picture);
+        let (net, spec) = fresh_net(pictures, classes).map_err(anyhow::Error::from)?;
         let mut config = TrainConfig::new(net, spec, seed);
         config.steps = steps;
         let examples = items
             .iter()
             .zip(labels)
             .map(|(item, &label)| {
-                let small = item.picture.resized(side, side, channels)?;
+                let small = item.picture.resized(
+                    u32::from(spec.width),
+                    u32::from(spec.height),
+                    spec.channels,
+                )?;
                 Ok(Example {
                     pixels: Arc::from(small.pixels),
                     label,
@@ -112,7 +89,7 @@ impl Subject {
                     arch: "",
                     labels: &names,
                     input: spec,
-                    embedding: EMBEDDING as u16,
+                    embedding: net.embedding as u16,
                     task: Task::Classify(ClassOutput::Logits),
                 },
             },

@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::format::{self, short};
 use super::{Connection, print_json, print_line};
-use crate::api::types::{DatasetDiff, DatasetView, FreezeRequest, ItemView};
+use crate::api::types::{DatasetDiff, DatasetView, FreezeRequest, ItemView, PSEUDO_ABOVE};
 use crate::client::Client;
 
 /// Parts of `flywheel dataset`.
@@ -23,7 +23,7 @@ pub enum DatasetCommand {
         seed: u64,
         /// Take in unlabelled pictures whose class the champion gives at least this probability;
         /// 1 takes none.
-        #[arg(long, value_name = "PROBABILITY", default_value_t = 0.9)]
+        #[arg(long, value_name = "PROBABILITY", default_value_t = PSEUDO_ABOVE)]
         pseudo_above: f32,
     },
     /// List versions.

@@ -106,13 +106,18 @@ impl Rollouts {
                 )));
             }
         };
-        if let Some(ahead) = inventory.iter().find(|device| {
-            device.sequence > release.sequence
-                && request
-                    .group
-                    .as_ref()
-                    .is_none_or(|group| *group == device.group)
-        }) {
+        let policy = Policy {
+            canary,
+            waves: Vec::new(),
+            offer_ttl_ms: OFFER_TTL_MS,
+            group: request.group.clone(),
+            seed: release.sequence,
+            ..Policy::default()
+        };
+        if let Some(ahead) = inventory
+            .iter()
+            .find(|device| device.sequence > release.sequence && policy.covers(device))
+        {
             return Err(Fault::Conflict(format!(
                 "{} runs release {}, which is newer than {}; devices never go back to an older release",
                 ahead.id, ahead.sequence, release.sequence
@@ -125,19 +130,8 @@ impl Rollouts {
                 running.number, running.number
             )));
         }
-        let plan = Rollout::start(
-            release.sequence,
-            Policy {
-                canary,
-                waves: Vec::new(),
-                offer_ttl_ms: OFFER_TTL_MS,
-                group: request.group.clone(),
-                seed: release.sequence,
-                ..Policy::default()
-            },
-            inventory,
-        )
-        .map_err(|error| Fault::Conflict(error.to_string()))?;
+        let plan = Rollout::start(release.sequence, policy, inventory)
+            .map_err(|error| Fault::Conflict(error.to_string()))?;
         let number = rollouts.keys().last().map_or(1, |last| last + 1);
         let record = RolloutRecord {
             number,

@@ -71,7 +71,7 @@ impl Stations<'_> {
     /// step. The same dataset, champion and run give the same model id.
     ///
     /// # Errors
-    /// If a picture is missing or damaged, or training fails.
+    /// If a picture is missing, or training fails; damaged ones are left out with a warning.
     pub fn train(
         &self,
         dataset_id: &Digest,
@@ -86,7 +86,7 @@ impl Stations<'_> {
         for item in &dataset.items {
             let picture = match self.picture(&item.digest) {
                 // Small before the next one is read: photographs at full size fill any memory.
-                Ok(picture) => shrink(picture)?,
+                Ok(picture) => picture.at_most(2 * MAX_INPUT)?,
                 Err(Fault::Damaged(why)) => {
                     tracing::warn!(%why, "left out of training");
                     continue;
@@ -120,7 +120,10 @@ impl Stations<'_> {
                 },
                 champion.input,
             ),
-            None => fresh_net(&train, dataset.classes.len())?,
+            None => {
+                let pictures = train.iter().map(|labelled| &labelled.picture);
+                fresh_net(pictures, dataset.classes.len())?
+            }
         };
         let mut config = TrainConfig::new(net, input, run.seed);
         config.steps = run.steps.map_or_else(
@@ -285,17 +288,6 @@ impl Stations<'_> {
     }
 }
 
-/// The picture no larger than twice the largest input that is chosen by itself.
-fn shrink(picture: Picture) -> Result<Picture, Fault> {
-    let largest = picture.width.max(picture.height);
-    let most = 2 * MAX_INPUT;
-    if largest <= most {
-        return Ok(picture);
-    }
-    let side = |side: u32| (side * most / largest).max(1);
-    Ok(picture.resized(side(picture.width), side(picture.height), picture.channels)?)
-}
-
 /// What a model said about a set, row by row.
 struct Answers {
     logits: Vec<f32>,
@@ -320,17 +312,23 @@ fn answers(inference: &mut Inference, set: &[Labelled]) -> Result<Answers, Fault
 
 /// The network for a first model: as large as the pictures up to [`MAX_INPUT`], in colour if any
 /// of them is.
-fn fresh_net(train: &[Labelled], classes: usize) -> Result<(NetConfig, InputSpec), Fault> {
-    let largest = train
-        .iter()
-        .map(|labelled| labelled.picture.width.max(labelled.picture.height))
+///
+/// # Errors
+/// If there is no picture.
+pub fn fresh_net<'a>(
+    pictures: impl Iterator<Item = &'a Picture> + Clone,
+    classes: usize,
+) -> Result<(NetConfig, InputSpec), Fault> {
+    let largest = pictures
+        .clone()
+        .map(|picture| picture.width.max(picture.height))
         .max()
         .ok_or_else(|| {
             Fault::Invalid("the dataset has nothing to train on; label something first".to_owned())
         })?;
     // Three halvings must leave whole pixels.
     let side = largest.min(MAX_INPUT).next_multiple_of(4).max(16);
-    let channels = if train.iter().any(|labelled| labelled.picture.channels == 3) {
+    let channels = if pictures.clone().any(|picture| picture.channels == 3) {
         3
     } else {
         1
@@ -413,21 +411,18 @@ mod tests {
 
     #[test]
     fn the_first_network_fits_the_pictures() {
-        let labelled = |width, height, channels: u8| Labelled {
-            picture: Picture {
-                width,
-                height,
-                channels,
-                pixels: vec![0; (width * height) as usize * channels as usize],
-            },
-            class: 0,
-            from_device: false,
+        let picture = |width, height, channels: u8| Picture {
+            width,
+            height,
+            channels,
+            pixels: vec![0; (width * height) as usize * channels as usize],
         };
-        let (net, input) = fresh_net(&[labelled(28, 28, 1)], 3).unwrap();
+        let fresh_net = |pictures: &[Picture]| fresh_net(pictures.iter(), 3);
+        let (net, input) = fresh_net(&[picture(28, 28, 1)]).unwrap();
         assert_eq!((net.width, net.channels, net.classes), (28, 1, 3));
         assert_eq!((input.width, input.channels), (28, 1));
-        let (net, _) = fresh_net(&[labelled(150, 100, 1), labelled(10, 10, 3)], 3).unwrap();
+        let (net, _) = fresh_net(&[picture(150, 100, 1), picture(10, 10, 3)]).unwrap();
         assert_eq!((net.width, net.height, net.channels), (64, 64, 3));
-        assert!(fresh_net(&[], 3).is_err());
+        assert!(fresh_net(&[]).is_err());
     }
 }

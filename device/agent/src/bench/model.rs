@@ -19,17 +19,17 @@ use crate::wire;
 
 /// Golden inputs that are made where a model comes without.
 const GOLDEN_FRAMES: usize = 4;
-/// Knots of the score tables that are made where a model comes without.
 /// Prototypes of a calibrated model at most, in all and of a class.
 const PROTOTYPES: u16 = 256;
 const PROTOTYPES_EACH: u16 = 20;
+/// Knots of the score tables that are made where a model comes without.
 const TABLE: u16 = 64;
 
 /// Opens a folder with a `model.toml` or with parts, an ONNX file (an image classifier, run as it
-/// is), or, with `None`, the built-in network. Signatures are not
-/// checked, since nothing is installed. What is missing is made up, so that every stage has work:
-/// a spec from the ONNX file (pixels scaled to 0..1), neutral score parameters, and golden answers
-/// from the first engine that loads the model.
+/// is), or, with `None`, the built-in network. Signatures are not checked, since nothing is
+/// installed. What is missing is made up, so that every stage has work: a spec from the ONNX file
+/// (pixels scaled to 0..1), neutral score parameters, and golden answers from the first engine that
+/// loads the model.
 ///
 /// # Errors
 /// In words that name the file.
@@ -59,30 +59,11 @@ pub fn spec(package: &Package) -> Result<ModelSpec<'_>> {
 /// The parts of a package with a description.
 fn described(folder: &Path) -> Result<BTreeMap<PartKind, Vec<u8>>> {
     let package = package::Package::read(folder)?;
-    let mut parts = BTreeMap::from([(PartKind::Spec, wire::bytes(&package.spec()))]);
-    if !package.golden.is_empty() {
-        let frames: Vec<u8> = package
-            .golden
-            .iter()
-            .flat_map(|g| g.pixels.clone())
-            .collect();
-        let answers = package.golden.iter().flat_map(|golden| &golden.answer);
-        let golden = wire::bytes(&Golden {
-            width: package.input.width,
-            height: package.input.height,
-            channels: package.input.channels,
-            frames: &frames,
-            logits: &answers.flat_map(|v| v.to_le_bytes()).collect::<Vec<_>>(),
-            tolerance: package.tolerance,
-        });
-        parts.insert(PartKind::Golden, golden);
+    let mut parts: BTreeMap<_, _> = package.parts()?.into_iter().collect();
+    if package.golden.is_empty() {
+        // `complete` makes some.
+        parts.remove(&PartKind::Golden);
     }
-    let forms = [
-        (PartKind::Onnx, package.onnx),
-        (PartKind::BurnRecord, package.record),
-        (PartKind::Scores, package.scores),
-    ];
-    parts.extend(forms.into_iter().filter(|(_, bytes)| !bytes.is_empty()));
     Ok(parts)
 }
 

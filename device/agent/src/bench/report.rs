@@ -31,7 +31,7 @@ pub struct Report {
 pub struct ModelReport {
     /// As it was named.
     pub name: String,
-    /// Digest of its largest form.
+    /// Digest of its ONNX file, or of its record if it has none.
     pub digest: String,
     /// Channels, rows, columns.
     pub input: [usize; 3],

@@ -4,7 +4,7 @@
 use std::io::{self, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use device_core::uplink::Transport;
 use flywheel_shared::message::{Down, Hello, Up};
@@ -13,6 +13,7 @@ use rustls::ClientConnection;
 use rustls_pki_types::ServerName;
 
 use super::Check;
+use crate::clock::unix_ms;
 use crate::config::Config;
 use crate::identity::Identity;
 use crate::transport::{self, Connection};
@@ -196,12 +197,6 @@ fn handshake(identity: &Identity, endpoint: &str) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::InvalidData => Err(error),
         _ => Ok(()),
     }
-}
-
-fn unix_ms() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |elapsed| elapsed.as_millis() as u64)
 }
 
 #[cfg(test)]

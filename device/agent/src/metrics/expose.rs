@@ -5,9 +5,9 @@ use std::fmt::Write;
 use std::fs;
 use std::sync::atomic::Ordering;
 
-use flywheel_shared::message::Lane;
+use flywheel_shared::message::{Lane, LossReason};
 
-use super::{BOUNDS_US, Metrics, REASONS};
+use super::{BOUNDS_US, Metrics};
 use crate::clock::cpu_us;
 use crate::meter::Stage;
 use crate::shared::{Shared, lock};
@@ -172,7 +172,7 @@ fn counters(out: &mut String, metrics: &Metrics) {
         "counter",
         "Samples lost when they were flagged, by reason.",
     );
-    for (reason, counter) in REASONS.iter().zip(&metrics.lost) {
+    for (reason, counter) in LossReason::ALL.iter().zip(&metrics.lost) {
         sample(
             out,
             name,

@@ -11,15 +11,6 @@ use flywheel_shared::message::{Lane, LossReason};
 
 use crate::meter::{Meter, Stage};
 
-/// Reasons in the order of their numbers.
-const REASONS: [LossReason; 5] = [
-    LossReason::Evicted,
-    LossReason::Crash,
-    LossReason::Disk,
-    LossReason::Corrupt,
-    LossReason::Oversize,
-];
-
 /// Upper bounds of the buckets in microseconds; the last bucket has none.
 const BOUNDS_US: [u64; 15] = [
     10, 25, 50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000,
@@ -74,7 +65,7 @@ pub struct Metrics {
     /// Models that took over.
     pub swaps: Counter,
     flagged: [Counter; Lane::ALL.len()],
-    lost: [Counter; REASONS.len()],
+    lost: [Counter; LossReason::ALL.len()],
     stages: [Histogram; Stage::ALL.len()],
 }
 

@@ -2,7 +2,8 @@
 //! itself is behind [`Capture`], so that everything but the system calls is tested without one.
 
 use std::io;
-use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::clock::unix_ms;
 
 use super::dir::decode;
 use super::{Captured, FrameBuf, Read, Source, SourceError};
@@ -51,12 +52,7 @@ pub(super) struct CameraSource {
 
 impl CameraSource {
     pub(super) fn new(uri: &str, capture: Box<dyn Capture>) -> Self {
-        let clock = || {
-            SystemTime::now()
-                .duration_since(UNIX_EPOCH)
-                .map_or(0, |since| since.as_millis() as u64)
-        };
-        Self::with_clock(uri, capture, Box::new(clock))
+        Self::with_clock(uri, capture, Box::new(unix_ms))
     }
 
     fn with_clock(

@@ -293,6 +293,37 @@ fn a_listing_reads_each_file_once_and_names_the_bad_ones() {
 }
 
 #[test]
+fn pictures_of_all_sizes_are_read_and_a_jpeg_cut_short_is_not() {
+    let folder = tempfile::tempdir().expect("folder");
+    let root = folder.path();
+    let sizes = [(1, 1), (40, 3), (7, 90)];
+    for (i, (width, height)) in sizes.into_iter().enumerate() {
+        let picture = image::RgbImage::from_pixel(width, height, image::Rgb([9, 99, 199]));
+        picture.save(root.join(format!("{i}.jpg"))).expect("save");
+    }
+    let whole = fs::read(root.join("2.jpg")).expect("read");
+    // A preview in an APP1 segment, as cameras write it, whose own end must not count.
+    let preview = fs::read(root.join("0.jpg")).expect("read");
+    let mut with_preview = vec![0xFF, 0xD8, 0xFF, 0xE1];
+    with_preview.extend((preview.len() as u16 + 2).to_be_bytes());
+    with_preview.extend(&preview);
+    with_preview.extend(&whole[2..]);
+    fs::write(root.join("3.jpg"), &with_preview).expect("write");
+    let cut = &with_preview[..with_preview.len() - 2];
+    fs::write(root.join("4.jpg"), cut).expect("write");
+    let mut source = open(&format!("dir:{}", root.display())).expect("opens");
+    for (index, size) in sizes.into_iter().chain([sizes[2]]).enumerate() {
+        let meta = frame(source.as_mut(), index as u64).meta;
+        assert_eq!((meta.width, meta.height), size);
+    }
+    let mut buffer = FrameBuf::new();
+    match source.read(4, &mut buffer).expect("readable") {
+        Read::Skipped { name, why } => assert!(name == "4.jpg" && why.contains("early"), "{why}"),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
 fn folder_splits_go_by_content() {
     let folder = tempfile::tempdir().expect("folder");
     let root = folder.path();

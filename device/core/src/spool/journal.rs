@@ -82,21 +82,12 @@ impl Note {
     }
 }
 
-/// Every reason at the place of its number on the wire.
-const REASONS: [LossReason; 5] = [
-    LossReason::Evicted,
-    LossReason::Crash,
-    LossReason::Disk,
-    LossReason::Corrupt,
-    LossReason::Oversize,
-];
-
 fn code(reason: LossReason) -> u32 {
     reason as u32
 }
 
 fn reason(code: u32) -> Option<LossReason> {
-    REASONS.get(code as usize).copied()
+    LossReason::ALL.get(code as usize).copied()
 }
 
 /// Where the journal lies and how far it is written.
