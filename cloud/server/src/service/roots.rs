@@ -1,6 +1,7 @@
 //! The trust roots of the fleet: every version that devices may have to walk through, the rollout
 //! key that the newest one names, and what that key signs.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -33,6 +34,8 @@ pub struct Roots {
     /// Folder with the rollout key, which is read again when a root names another one.
     keys: PathBuf,
     current: Mutex<Current>,
+    /// The version that each device had when it asked last, since the server started.
+    seen: Mutex<BTreeMap<DeviceId, u32>>,
 }
 
 impl Roots {
@@ -86,6 +89,7 @@ impl Roots {
                 bytes: newest.bytes,
                 rollout,
             }),
+            seen: Mutex::default(),
         }))
     }
 
@@ -102,6 +106,11 @@ impl Roots {
     /// Signs an offer's body.
     pub fn sign_offer(&self, body: &[u8]) -> [u8; 64] {
         sign(Role::Rollout, &lock(&self.current).rollout, body)
+    }
+
+    /// The version that a device had when it asked last; `None` if it has not since the server started.
+    pub fn version_of(&self, device: &DeviceId) -> Option<u32> {
+        lock(&self.seen).get(device).copied()
     }
 
     /// Every root, oldest first.
@@ -164,6 +173,7 @@ impl Roots {
         attest: &Attest,
         now_ms: u64,
     ) -> Result<Attested, Fault> {
+        lock(&self.seen).insert(device.clone(), attest.root_version);
         let roots = self.above(attest.root_version)?;
         let stamp = TimeStamp {
             device: device.clone(),
