@@ -17,9 +17,9 @@ use crate::trust::{
 };
 
 /// One in so many inputs goes through signature checks as it is.
-const CHECKED: u64 = 64;
+const CHECKED: u64 = 256;
 /// One in so many is signed anew first.
-const SIGNED: u64 = 128;
+const SIGNED: u64 = 512;
 /// Bytes at which parsers stumble.
 const INTERESTING: [u8; 8] = [0x00, 0x01, 0x7f, 0x80, 0x81, 0xfe, 0xff, 0x05];
 
