@@ -1,5 +1,6 @@
-//! What the agent remembers: the boot epoch, the slot record and the accounts of the spool in sled,
-//! and how far the source was read in a file of its own ([`crate::position`]).
+//! What the agent remembers: the boot epoch and the accounts of the spool in sled, and how far the
+//! source was read in a file of its own ([`crate::position`]). The slot record is in another
+//! ([`crate::models`]).
 //!
 //! sled keeps writes in the memory of the process until it is flushed, so `kill -9` loses what was
 //! not. Whatever later decisions rely on is therefore flushed by the function that writes it.
@@ -76,13 +77,14 @@ pub struct Progress {
 }
 
 const EPOCH: &str = "boot epoch";
-const SLOT: &str = "slot record";
-const FLOOR: &str = "model floor";
 const MARK: &str = "source mark";
 // Where agents before 0.2 kept the position.
 const OLD_SOURCE: &str = "source";
 const OLD_PROGRESS: &str = "progress";
 const OLD_BYTES_UP: &str = "bytes up";
+// And the slot record.
+const OLD_SLOT: &str = "slot record";
+const OLD_FLOOR: &str = "model floor";
 const ACCOUNTS: &str = "spool accounts";
 
 /// The agent's database and the lock on its data folder.
@@ -211,33 +213,31 @@ impl State {
         self.last.map_or(0, |last| last.bytes_up)
     }
 
-    /// The stored slot record; the default one if there is none.
-    pub fn slot(&self) -> Result<SlotRecord, StateError> {
-        let Some(bytes) = self.db.get(SLOT).map_err(|source| self.database(source))? else {
-            return Ok(SlotRecord::default());
-        };
-        SlotRecord::from_bytes(&bytes).map_err(|_| StateError::Malformed {
-            path: self.path.clone(),
-            key: SLOT,
-        })
-    }
-
-    /// Stores the slot record; durable on return.
-    pub fn save_slot(&self, record: &SlotRecord) -> Result<(), StateError> {
-        self.db
-            .insert(SLOT, record.to_bytes().as_slice())
+    /// The slot record and the floor that an agent before 0.2 left, which are in a file of their own
+    /// now; see [`crate::models`].
+    pub fn old_slot(&self) -> Result<Option<(SlotRecord, u64)>, StateError> {
+        let floor: Option<u64> = self.get(OLD_FLOOR)?;
+        let record = self
+            .db
+            .get(OLD_SLOT)
             .map_err(|source| self.database(source))?;
-        self.flush()
+        let Some(bytes) = record else {
+            return Ok(floor.map(|floor| (SlotRecord::default(), floor)));
+        };
+        let record = SlotRecord::from_bytes(&bytes).map_err(|_| StateError::Malformed {
+            path: self.path.clone(),
+            key: OLD_SLOT,
+        })?;
+        Ok(Some((record, floor.unwrap_or(0))))
     }
 
-    /// Sequence below or at which no model is taken, whatever the slot record says.
-    pub fn floor(&self) -> Result<u64, StateError> {
-        Ok(self.get(FLOOR)?.unwrap_or(0))
-    }
-
-    /// Raises the floor; durable on return.
-    pub fn raise_floor(&self, floor: u64) -> Result<(), StateError> {
-        self.put(FLOOR, &self.floor()?.max(floor))?;
+    /// What [`State::old_slot`] gave lies elsewhere now.
+    pub fn forget_old_slot(&self) -> Result<(), StateError> {
+        for key in [OLD_SLOT, OLD_FLOOR] {
+            self.db
+                .remove(key)
+                .map_err(|source| self.database(source))?;
+        }
         self.flush()
     }
 

@@ -371,7 +371,7 @@ impl Device {
             },
         };
         let (mut models, live) =
-            Models::open(data.path(), Arc::clone(&state), who, config.engine).unwrap();
+            Models::open(data.path(), &state, who, config.engine).unwrap();
         assert!(live.is_none());
         models.step(Event::Boot).unwrap();
         let shared = Arc::new(Shared::new(state, spool, models, Status::default(), 0));
