@@ -329,7 +329,8 @@ impl Config {
             if value == 0 {
                 return Err(wrong(
                     key,
-                    "must be at least 1, or a slow sender could hold an update up for good".to_owned(),
+                    "must be at least 1, or a slow sender could hold an update up for good"
+                        .to_owned(),
                 ));
             }
         }

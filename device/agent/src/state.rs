@@ -84,7 +84,6 @@ const OLD_PROGRESS: &str = "progress";
 const OLD_BYTES_UP: &str = "bytes up";
 // And the slot record.
 const OLD_SLOT: &str = "slot record";
-const OLD_FLOOR: &str = "model floor";
 const ACCOUNTS: &str = "spool accounts";
 
 /// The agent's database and the lock on its data folder.
@@ -213,31 +212,29 @@ impl State {
         self.last.map_or(0, |last| last.bytes_up)
     }
 
-    /// The slot record and the floor that an agent before 0.2 left, which are in a file of their own
-    /// now; see [`crate::models`].
-    pub fn old_slot(&self) -> Result<Option<(SlotRecord, u64)>, StateError> {
-        let floor: Option<u64> = self.get(OLD_FLOOR)?;
+    /// The slot record that an agent before 0.2 left, which is in a file of its own now; see
+    /// [`crate::models`].
+    pub fn old_slot(&self) -> Result<Option<SlotRecord>, StateError> {
         let record = self
             .db
             .get(OLD_SLOT)
             .map_err(|source| self.database(source))?;
         let Some(bytes) = record else {
-            return Ok(floor.map(|floor| (SlotRecord::default(), floor)));
+            return Ok(None);
         };
-        let record = SlotRecord::from_bytes(&bytes).map_err(|_| StateError::Malformed {
-            path: self.path.clone(),
-            key: OLD_SLOT,
-        })?;
-        Ok(Some((record, floor.unwrap_or(0))))
+        SlotRecord::from_bytes(&bytes)
+            .map(Some)
+            .map_err(|_| StateError::Malformed {
+                path: self.path.clone(),
+                key: OLD_SLOT,
+            })
     }
 
     /// What [`State::old_slot`] gave lies elsewhere now.
     pub fn forget_old_slot(&self) -> Result<(), StateError> {
-        for key in [OLD_SLOT, OLD_FLOOR] {
-            self.db
-                .remove(key)
-                .map_err(|source| self.database(source))?;
-        }
+        self.db
+            .remove(OLD_SLOT)
+            .map_err(|source| self.database(source))?;
         self.flush()
     }
 

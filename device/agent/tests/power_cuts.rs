@@ -15,7 +15,9 @@ use device_engine::{
 };
 use ed25519_dalek::SigningKey;
 use flywheel_agent::clock::Moment;
-use flywheel_agent::models::{Assemble, Device as Who, Fetching, Models, Package, Runner, RunnerError};
+use flywheel_agent::models::{
+    Assemble, Device as Who, Fetching, Models, Package, Runner, RunnerError,
+};
 use flywheel_agent::wire;
 use flywheel_shared::ids::Digest;
 use flywheel_shared::message::{Chunk, OfferMessage, SlotState};
@@ -288,7 +290,10 @@ impl Device {
             (Some(live), committed) => {
                 assert!(outside.passed.contains(&live), "{live:?} was never proved");
                 let least = committed.map_or(0, |model| model.sequence);
-                assert!(live.sequence >= least, "{committed:?} is lost, {live:?} is live");
+                assert!(
+                    live.sequence >= least,
+                    "{committed:?} is lost, {live:?} is live"
+                );
             }
             (None, committed) => assert_eq!(committed, None, "a confirmed model is lost"),
         }
@@ -340,7 +345,8 @@ impl Device {
                 }
                 Action::Swap(model) => {
                     self.live = Some(model.digest);
-                    self.disk.annotate(|outside| outside.committed = Some(model));
+                    self.disk
+                        .annotate(|outside| outside.committed = Some(model));
                     None
                 }
                 Action::Discard => {
@@ -467,7 +473,8 @@ impl Device {
                 });
             } else {
                 let heard = self.disk.note().heard;
-                let next = (1..=self.cloud.releases.len()).find(|n| !heard.contains_key(&(*n as u64)));
+                let next =
+                    (1..=self.cloud.releases.len()).find(|n| !heard.contains_key(&(*n as u64)));
                 match next {
                     Some(next) => self.offer(next - 1),
                     None => return,

@@ -119,7 +119,10 @@ mod tests {
     #[test]
     fn only_waiting_counts() {
         let mut retrieval = Retrieval::new(LEAST);
-        assert_eq!((retrieval.deadline_ms(), retrieval.check(u64::MAX)), (None, Ok(())));
+        assert_eq!(
+            (retrieval.deadline_ms(), retrieval.check(u64::MAX)),
+            (None, Ok(()))
+        );
         retrieval.waits(1_000, true);
         retrieval.waits(4_000, false);
         assert_eq!(retrieval.check(u64::MAX), Ok(()));

@@ -1,15 +1,15 @@
 //! Differences of values: bits as integers, new minus old, zigzag so that small differences of either
 //! sign are small numbers, and the bytes of equal weight side by side.
 //!
-//! Bytes: length of the first frame `u32` little endian; the first zstd frame, which holds the number
-//! of runs, for each run width, length, start in the old part and distance from the run before in the
-//! new part, all base 128, and then the planes: for each width in the order 1, 2, 4, 8, least
-//! significant byte first, the bytes of all runs of that width; and a second frame with the bytes that
-//! no run covers, with those of the old part before them.
+//! Bytes: length of the first piece `u32` little endian; under Deflate the number of runs, for each run
+//! width, length, start in the old part and distance from the run before in the new part, all base 128,
+//! and then the planes: for each width in the order 1, 2, 4, 8, least significant byte first, the bytes
+//! of all runs of that width; and a [`super::patch`] from the bytes of the old part that no run covers
+//! to those of the new part.
 
 use super::onnx::varint;
 use super::runs::{self, MAX_RUNS, Run};
-use super::{DeltaError, pack, unpack};
+use super::{DeltaError, join, pack, patch, put, split, unpack};
 
 const WIDTHS: [usize; 4] = [1, 2, 4, 8];
 /// Most bytes of a run in the table.
@@ -42,28 +42,25 @@ pub(crate) fn encode(base: &[u8], target: &[u8]) -> Result<Vec<u8>, DeltaError> 
             }
         }
     }
-    let values = pack(&[], &body)?;
+    let values = pack(&body)?;
     let old = uncovered(base, runs.iter().map(|run| (run.base, run.len)).collect());
-    let new = uncovered(target, runs.iter().map(|run| (run.target, run.len)).collect());
-    let rest = pack(&old, &new)?;
-    // A part is shorter than 4 GiB, and zstd adds next to nothing.
-    let head = (values.len() as u32).to_le_bytes();
-    Ok([&head[..], &values, &rest].concat())
+    let new = uncovered(
+        target,
+        runs.iter().map(|run| (run.target, run.len)).collect(),
+    );
+    Ok(join(&values, &patch::encode(&old, &new)?))
 }
 
 pub(crate) fn apply(base: &[u8], delta: &[u8], len: usize) -> Result<Vec<u8>, DeltaError> {
-    let (head, rest) = delta.split_first_chunk().ok_or(DeltaError::Runs)?;
-    let (values, rest) = rest
-        .split_at_checked(u32::from_le_bytes(*head) as usize)
-        .ok_or(DeltaError::Runs)?;
-    let body = unpack(&[], values, len.saturating_add(MAX_RUNS * RUN_BYTES))?;
+    let (values, rest) = split(delta)?;
+    let body = unpack(values, len.saturating_add(MAX_RUNS * RUN_BYTES))?;
     let mut at = 0;
-    let (runs, covered) = table(&body, &mut at).ok_or(DeltaError::Runs)?;
+    let (runs, covered) = table(&body, &mut at).ok_or(DeltaError::Misfit)?;
     if !runs::fit(&runs, base.len(), len) || body.len() - at != covered {
-        return Err(DeltaError::Runs);
+        return Err(DeltaError::Misfit);
     }
     let old = uncovered(base, runs.iter().map(|run| (run.base, run.len)).collect());
-    let rest = unpack(&old, rest, len - covered)?;
+    let rest = patch::apply(&old, rest, len - covered)?;
     if rest.len() != len - covered {
         return Err(DeltaError::Length(len));
     }
@@ -137,14 +134,6 @@ fn uncovered(bytes: &[u8], mut ranges: Vec<(usize, usize)>) -> Vec<u8> {
     }
     out.extend_from_slice(bytes.get(end..).unwrap_or_default());
     out
-}
-
-fn put(out: &mut Vec<u8>, mut number: usize) {
-    while number >= 0x80 {
-        out.push(number as u8 | 0x80);
-        number >>= 7;
-    }
-    out.push(number as u8);
 }
 
 /// A little-endian number of at most 8 bytes.

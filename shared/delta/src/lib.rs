@@ -4,36 +4,36 @@
 //! the length that was signed. Nothing here is trusted: the device checks the digest of what it
 //! starts from, and of what comes out.
 //!
-//! Weights that are trained a little further change in their low bits. zstd alone does not see
+//! Weights that are trained a little further change in their low bits. A compressor does not see
 //! that, since it looks for equal bytes; so each value's bits are taken as an integer, the old one
-//! is subtracted, and the bytes of equal weight are put side by side ([`difference`]).
+//! is subtracted, and the bytes of equal weight are put side by side ([`difference`]). What changed
+//! in a few places, a head that grew say, is copied from the old part around them ([`patch`]).
+//!
+//! The compressor under both is Deflate: it needs 32 KiB on the device whatever the model's size, and
+//! no C compiler. What is left after the steps above has no long repeats, so that zstd would gain
+//! little.
 #![forbid(unsafe_code)]
 
 mod difference;
 mod onnx;
+mod patch;
 mod runs;
 
 use std::io::{self, Read, Write};
 
+use flate2::Compression;
+use flate2::read::DeflateDecoder;
+use flate2::write::DeflateEncoder;
 use thiserror::Error;
-use zstd::stream::{read, write};
-
-/// zstd's level up to [`LARGE`] bytes; the cloud encodes once, many devices fetch.
-const LEVEL: i32 = 19;
-/// From this many bytes on a level that takes seconds and not minutes.
-const LARGE: usize = 16 << 20;
-const LARGE_LEVEL: i32 = 9;
-/// zstd's smallest and largest window, as logarithms.
-const WINDOW: std::ops::RangeInclusive<u32> = 10..=27;
 
 /// How a difference is coded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Way {
-    /// zstd over the new part; the old one is not used.
+    /// Deflate over the new part; the old one is not used.
     Full,
-    /// zstd with the old part before the new one (`zstd --patch-from`).
+    /// Copies from the old part, and what stands between them.
     Patch,
-    /// Differences of the values of equally long tensors, by byte planes, under zstd.
+    /// Differences of the values of equally long tensors, by byte planes.
     Difference,
 }
 
@@ -59,28 +59,26 @@ impl Way {
 /// Why a difference can't be applied.
 #[derive(Debug, Error)]
 pub enum DeltaError {
-    /// zstd does not understand it.
+    /// Deflate does not understand it.
     #[error("the difference does not decompress: {0}")]
-    Zstd(#[from] io::Error),
+    Packed(#[from] io::Error),
     /// It makes more or fewer bytes than were announced.
     #[error("the difference makes more or fewer than the {0} bytes announced")]
     Length(usize),
     /// It speaks of bytes that neither part has.
     #[error("the difference does not fit the part it starts from")]
-    Runs,
+    Misfit,
 }
 
 /// The smallest coding of `target` for who has `base`; `None` if `target` itself is no larger.
 ///
 /// # Errors
-/// If zstd fails, which it does for want of memory only.
+/// None that a caller can mend: only that of a failed write to memory.
 pub fn encode(base: &[u8], target: &[u8]) -> Result<Option<(Way, Vec<u8>)>, DeltaError> {
     let mut best: Option<(Way, Vec<u8>)> = None;
     for way in Way::ALL {
         let coded = encode_as(way, base, target)?;
-        let least = best
-            .as_ref()
-            .map_or(target.len(), |(_, bytes)| bytes.len());
+        let least = best.as_ref().map_or(target.len(), |(_, bytes)| bytes.len());
         if coded.len() < least {
             best = Some((way, coded));
         }
@@ -94,22 +92,22 @@ pub fn encode(base: &[u8], target: &[u8]) -> Result<Option<(Way, Vec<u8>)>, Delt
 /// As [`encode`].
 pub fn encode_as(way: Way, base: &[u8], target: &[u8]) -> Result<Vec<u8>, DeltaError> {
     match way {
-        Way::Full => pack(&[], target),
-        Way::Patch => pack(base, target),
+        Way::Full => pack(target),
+        Way::Patch => patch::encode(base, target),
         Way::Difference => difference::encode(base, target),
     }
 }
 
-/// Makes the new part of the old one; it has `len` bytes, and nothing longer is ever held.
+/// Makes the new part of the old one; it has `len` bytes, and nothing much longer is ever held.
 ///
 /// # Errors
 /// [`DeltaError`], for any bytes that [`encode`] did not make of this `base`, unless they happen to
 /// make `len` bytes: check the digest of what comes out.
 pub fn apply(way: Way, base: &[u8], delta: &[u8], len: usize) -> Result<Vec<u8>, DeltaError> {
     let bytes = match way {
-        Way::Full => unpack(&[], delta, len)?,
-        Way::Patch => unpack(base, delta, len)?,
-        Way::Difference => return difference::apply(base, delta, len),
+        Way::Full => unpack(delta, len)?,
+        Way::Patch => patch::apply(base, delta, len)?,
+        Way::Difference => difference::apply(base, delta, len)?,
     };
     if bytes.len() == len {
         Ok(bytes)
@@ -118,35 +116,44 @@ pub fn apply(way: Way, base: &[u8], delta: &[u8], len: usize) -> Result<Vec<u8>,
     }
 }
 
-/// Logarithm of a window that reaches over both.
-fn window(prefix: usize, len: usize) -> u32 {
-    let bits = usize::BITS - prefix.saturating_add(len).leading_zeros();
-    bits.clamp(*WINDOW.start(), *WINDOW.end())
-}
-
-/// zstd over `bytes`, with `prefix` as what stood before.
-fn pack(prefix: &[u8], bytes: &[u8]) -> Result<Vec<u8>, DeltaError> {
-    let large = prefix.len().saturating_add(bytes.len()) >= LARGE;
-    let level = if large { LARGE_LEVEL } else { LEVEL };
-    let mut encoder = write::Encoder::with_ref_prefix(Vec::new(), level, prefix)?;
-    encoder.window_log(window(prefix.len(), bytes.len()))?;
-    encoder.long_distance_matching(large)?;
-    encoder.include_checksum(false)?;
-    encoder.set_pledged_src_size(Some(bytes.len() as u64))?;
+fn pack(bytes: &[u8]) -> Result<Vec<u8>, DeltaError> {
+    let mut encoder = DeflateEncoder::new(Vec::new(), Compression::best());
     encoder.write_all(bytes)?;
     Ok(encoder.finish()?)
 }
 
-/// What [`pack`] made, up to one byte more than `most`.
-fn unpack(prefix: &[u8], packed: &[u8], most: usize) -> Result<Vec<u8>, DeltaError> {
-    let mut decoder = read::Decoder::with_ref_prefix(packed, prefix)?;
-    decoder.window_log_max(window(prefix.len(), most))?;
+/// What [`pack`] made, if it is at most `most` bytes.
+fn unpack(packed: &[u8], most: usize) -> Result<Vec<u8>, DeltaError> {
     let mut bytes = Vec::new();
-    decoder.take(most as u64 + 1).read_to_end(&mut bytes)?;
+    let mut decoder = DeflateDecoder::new(packed).take(most as u64 + 1);
+    decoder.read_to_end(&mut bytes)?;
     if bytes.len() > most {
         return Err(DeltaError::Length(most));
     }
     Ok(bytes)
+}
+
+/// Two byte strings in one: the length of the first as `u32` little endian, the first, the second.
+fn join(first: &[u8], second: &[u8]) -> Vec<u8> {
+    // A part is shorter than 4 GiB, and Deflate adds next to nothing.
+    let head = (first.len() as u32).to_le_bytes();
+    [&head[..], first, second].concat()
+}
+
+/// What [`join`] joined.
+fn split(joined: &[u8]) -> Result<(&[u8], &[u8]), DeltaError> {
+    let (head, rest) = joined.split_first_chunk().ok_or(DeltaError::Misfit)?;
+    rest.split_at_checked(u32::from_le_bytes(*head) as usize)
+        .ok_or(DeltaError::Misfit)
+}
+
+/// Appends a number in base 128, least significant digits first.
+fn put(out: &mut Vec<u8>, mut number: usize) {
+    while number >= 0x80 {
+        out.push(number as u8 | 0x80);
+        number >>= 7;
+    }
+    out.push(number as u8);
 }
 
 #[cfg(test)]

@@ -64,7 +64,9 @@ fn initializer(bytes: &[u8], start: usize) -> Option<Option<Tensor<'_>>> {
         7 | 11 | 13 => 8,
         _ => return Some(None),
     };
-    let place = raw.map(|place| (width, place)).or(floats.map(|place| (4, place)));
+    let place = raw
+        .map(|place| (width, place))
+        .or(floats.map(|place| (4, place)));
     Some(
         place
             .filter(|(width, (_, len))| *len > 0 && len.is_multiple_of(*width))

@@ -212,7 +212,11 @@ pub fn model(config: &Config, identity: &Identity, state: Option<&State>, runnin
     let live = match models::live(&config.data, state) {
         Ok(live) => live,
         Err(error) => {
-            return Check::fail(name, error.to_string(), "mend the disk, or move the file away; the cloud offers the model again");
+            return Check::fail(
+                name,
+                error.to_string(),
+                "mend the disk, or move the file away; the cloud offers the model again",
+            );
         }
     };
     let Some(live) = live else {

@@ -11,6 +11,7 @@ use flywheel_shared::message::{Chunk, Fetch, OfferMessage};
 use flywheel_shared::trust::TrustError;
 use tokio::task::JoinHandle;
 
+use crate::clock::Moment;
 use crate::config::Download;
 use crate::models::{Fetching, LoadError, Loader, PackageError, Runner};
 use crate::shared::{Shared, lock};
@@ -150,9 +151,9 @@ impl Installer {
         &mut self,
         shared: &Shared,
         offer: &OfferMessage<'_>,
-        now_ms: u64,
+        now: Moment,
     ) -> Vec<Action> {
-        let result = lock(&shared.models).offer(offer, now_ms);
+        let result = lock(&shared.models).offer(offer, now);
         result.unwrap_or_else(|error| {
             // The cloud repeats the offer.
             tracing::error!(%error, "the slot record cannot be stored; the offer is not taken");
@@ -226,7 +227,9 @@ impl Installer {
         let Some((_, fetching, retrieval)) = &mut self.fetching else {
             return Vec::new();
         };
-        let allowance = self.budget.map_or(u64::MAX, |bucket| bucket.level().whole());
+        let allowance = self
+            .budget
+            .map_or(u64::MAX, |bucket| bucket.level().whole());
         let requests = fetching.requests(allowance);
         retrieval.waits(now_ms, fetching.waits());
         if let Some(bucket) = &mut self.budget {

@@ -97,7 +97,7 @@ impl Disk for Files {
 }
 
 /// Gives a file other bytes, all of them or none.
-pub(super) fn replace(disk: &dyn Disk, path: &Path, bytes: &[u8]) -> io::Result<()> {
+pub(crate) fn replace(disk: &dyn Disk, path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(".new");
     let temporary = path.with_file_name(name);
@@ -147,7 +147,8 @@ mod tests {
         let path = folder.join("b");
         assert_eq!(disk.len(&path).unwrap(), None);
         replace(&disk, &path, b"longer").unwrap();
-        disk.write_at(&folder.join("b.new"), 0, b"left by a crash").unwrap();
+        disk.write_at(&folder.join("b.new"), 0, b"left by a crash")
+            .unwrap();
         replace(&disk, &path, b"two").unwrap();
         assert_eq!(disk.read(&path).unwrap(), b"two");
         assert_eq!(disk.list(&folder).unwrap(), [path.clone()]);

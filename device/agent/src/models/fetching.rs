@@ -245,7 +245,11 @@ impl Fetching {
                 disk::forget(&*self.disk, &path).map_err(at(&path))
             }
             Err(why) => {
-                tracing::warn!(part = file_name(want.part.kind), why, "the difference to an older part is of no use; the whole part is fetched");
+                tracing::warn!(
+                    part = file_name(want.part.kind),
+                    why,
+                    "the difference to an older part is of no use; the whole part is fetched"
+                );
                 self.leave_shortcut()
             }
         }
@@ -258,7 +262,11 @@ impl Fetching {
             .read(&shortcut.base)
             .map_err(|error| format!("{}: {error}", shortcut.base.display()))?;
         if Digest::of(&base) != shortcut.base_digest {
-            return Err(format!("{}: {}", shortcut.base.display(), TrustError::WrongBase));
+            return Err(format!(
+                "{}: {}",
+                shortcut.base.display(),
+                TrustError::WrongBase
+            ));
         }
         let whole = flywheel_delta::apply(shortcut.way, &base, delta, part.len as usize)
             .map_err(|error| error.to_string())?;

@@ -18,17 +18,22 @@ use std::sync::Arc;
 use device_core::slot::{Action, Event, Held, Report, Slot, SlotError, SlotRecord};
 use flywheel_shared::ids::{DeviceId, Digest};
 use flywheel_shared::message::{OfferMessage, SlotState};
-use flywheel_shared::trust::{Judge, TrialBounds, TrustRoot};
+use flywheel_shared::trust::{
+    Accepted, Floor, Judge, KeyId, Signed, SignedRoot, TrialBounds, TrustError, TrustRoot,
+};
 use thiserror::Error;
 
 pub use choice::{EngineChoice, Trial, UnknownChoice, fastest};
+pub(crate) use disk::replace;
 pub use disk::{Disk, Files};
 pub use fetching::Fetching;
 pub use package::{Package, PackageError, Packages};
 pub use runner::{Runner, RunnerError};
 pub use slot_file::{SlotFileError, Stored};
 
+use crate::clock::Moment;
 use crate::state::{State, StateError};
+use crate::trust::{Trust, UpdateError};
 use slot_file::{Found, SlotFile};
 
 /// The slot record's file in a data folder.
@@ -76,9 +81,9 @@ impl LoadError {
             Self::Runner(RunnerError::Golden { .. }) => SlotError::Golden,
             Self::Runner(RunnerError::Panicked(_)) | Self::Panicked(_) => SlotError::Crash,
             Self::Package(PackageError::Io { .. }) => SlotError::Storage,
-            Self::Package(PackageError::Trust { .. })
-            | Self::Runner(_)
-            | Self::Unnamed(_) => SlotError::Load,
+            Self::Package(PackageError::Trust { .. }) | Self::Runner(_) | Self::Unnamed(_) => {
+                SlotError::Load
+            }
         }
     }
 }
@@ -118,12 +123,12 @@ impl Loader {
 
     /// Reads a package, checks every byte of it, and loads it with the engine.
     pub fn load(&self, digest: &Digest) -> Result<(Runner, Package), LoadError> {
-        let package = self.packages.read(&self.trust, digest)?;
+        let package = self.packages.read(digest)?;
         let runner = self.engine.assemble(&package)?;
         Ok((runner, package))
     }
 
-    /// Reads a package in any folder, checks it as all others, and proves it.
+    /// Reads a package in any folder, checks its signature besides, and proves it.
     pub fn prove_at(&self, folder: &Path) -> Result<Runner, LoadError> {
         let digest = folder
             .file_name()
@@ -133,6 +138,7 @@ impl Loader {
             packages: Packages::borrow(folder.parent().unwrap_or(Path::new(""))),
             ..self.clone()
         };
+        there.packages.signed(&self.trust, &digest)?;
         there.prove(&digest)
     }
 
@@ -145,7 +151,7 @@ impl Loader {
 
     /// Goes on with the fetching of an admitted package.
     pub fn fetch(&self, digest: &Digest) -> Result<Fetching, PackageError> {
-        self.packages.fetch(&self.trust, digest)
+        self.packages.fetch(digest)
     }
 }
 
@@ -176,7 +182,7 @@ pub fn live(data: &Path, state: &State) -> Result<Option<Held>, ModelsError> {
     };
     match stored {
         Some(record) => Ok(record.live),
-        None => Ok(state.old_slot()?.and_then(|(record, _)| record.live)),
+        None => Ok(state.old_slot()?.and_then(|record| record.live)),
     }
 }
 
@@ -185,9 +191,8 @@ pub struct Models {
     slot: Slot,
     file: SlotFile,
     device: Device,
+    trust: Trust,
     loader: Loader,
-    /// No model at or below this sequence is taken, besides what the slot says.
-    floor: u64,
 }
 
 impl Models {
@@ -204,8 +209,7 @@ impl Models {
         engine: EngineChoice,
     ) -> Result<(Self, Option<Runner>), ModelsError> {
         let old = state.old_slot()?;
-        let before = old.map(|(record, floor)| Stored { record, floor });
-        let opened = Self::on(Arc::new(Files), data, device, Arc::new(engine), before)?;
+        let opened = Self::on(Arc::new(Files), data, device, Arc::new(engine), old)?;
         if old.is_some() {
             state.forget_old_slot()?;
         }
@@ -222,9 +226,10 @@ impl Models {
         data: &Path,
         device: Device,
         engine: Arc<dyn Assemble>,
-        before: Option<Stored>,
+        before: Option<SlotRecord>,
     ) -> Result<(Self, Option<Runner>), ModelsError> {
         let packages = Packages::on(Arc::clone(&disk), &data.join(MODELS))?;
+        let files = Arc::clone(&disk);
         let (mut file, found) = SlotFile::open(disk, &data.join(SLOT))?;
         let loader = Loader {
             packages,
@@ -234,17 +239,24 @@ impl Models {
         let mut stored = match (found, before) {
             (Found::Stored(stored), _) => stored,
             (Found::Nothing, None) => Stored::default(),
-            (Found::Nothing | Found::Damaged, Some(before)) => {
-                file.save(&before)?;
-                before
+            (Found::Nothing | Found::Damaged, Some(record)) => {
+                let stored = Stored {
+                    record,
+                    ..Stored::default()
+                };
+                file.save(&stored)?;
+                stored
             }
             (Found::Damaged, None) => {
+                tracing::error!(
+                    "the slot record is damaged; running without a model until one is offered"
+                );
                 // Whatever was live has a package here, so nothing older than the oldest is taken.
-                let oldest = loader.packages.oldest(&device.trust).unwrap_or(0);
-                tracing::error!("the slot record is damaged; running without a model until one is offered");
-                let stored = Stored {
-                    record: SlotRecord::default(),
-                    floor: oldest.saturating_sub(1),
+                let oldest = loader.packages.oldest().unwrap_or(0);
+                let mut stored = Stored::default();
+                stored.record.floor = Floor {
+                    key: device.trust.release_id(),
+                    at: oldest.saturating_sub(1),
                 };
                 file.save(&stored)?;
                 stored
@@ -256,7 +268,9 @@ impl Models {
                 Ok((loaded, _)) => runner = Some(loaded),
                 Err(error) => {
                     tracing::error!(%error, model = %live.digest, "the live model does not load; running without a model until one is offered");
-                    stored.floor = stored.floor.max(live.sequence.saturating_sub(1));
+                    // Under the key that set it: the same release may come again, no older one.
+                    let floor = &mut stored.record.floor;
+                    floor.at = floor.at.min(live.sequence.saturating_sub(1));
                     stored.record.live = None;
                     file.save(&stored)?;
                     if matches!(error, LoadError::Package(_)) {
@@ -265,12 +279,13 @@ impl Models {
                 }
             }
         }
+        let trust = Trust::open(files, data, device.trust.clone(), stored.time);
         let models = Self {
             slot: Slot::new(stored.record),
             file,
             device,
+            trust,
             loader,
-            floor: stored.floor,
         };
         Ok((models, runner))
     }
@@ -287,7 +302,9 @@ impl Models {
 
     /// Sequence that an offer must exceed.
     pub fn floor(&self) -> u64 {
-        self.slot.record().floor().max(self.floor)
+        let trust = self.trust.root();
+        let floor = self.slot.record().floor;
+        floor.under(trust.release_id(), trust.min_sequence)
     }
 
     /// What the cloud has not confirmed to know.
@@ -315,8 +332,8 @@ impl Models {
         for action in self.slot.step(event) {
             match action {
                 Action::Persist(record) => {
-                    let floor = self.floor;
-                    if let Err(error) = self.file.save(&Stored { record, floor }) {
+                    let time = self.trust.time_floor();
+                    if let Err(error) = self.file.save(&Stored { record, time }) {
                         self.slot = before;
                         return Err(error);
                     }
@@ -331,14 +348,47 @@ impl Models {
         Ok(left)
     }
 
-    /// Judges an offer and takes it to the slot.
+    /// What the device believes, to ask and to be answered.
+    pub fn trust(&mut self) -> &mut Trust {
+        &mut self.trust
+    }
+
+    /// Takes a newer trust root, durably. A candidate that only the old keys vouched for is given
+    /// up; the live model stays.
+    ///
+    /// # Errors
+    /// [`UpdateError`]; the root in hand holds then.
+    pub fn update_root(&mut self, signed: SignedRoot<'_>) -> Result<(), UpdateError> {
+        self.trust.update(signed)
+    }
+
+    /// Takes the cloud's answer to what time it is, durably.
+    ///
+    /// # Errors
+    /// [`UpdateError`]; no time was learnt then.
+    pub fn answer_time(&mut self, signed: Signed<'_>, now: Moment) -> Result<(), UpdateError> {
+        let record = *self.slot.record();
+        let file = &mut self.file;
+        let keep = |time| file.save(&Stored { record, time });
+        self.trust.answer(&self.device.id, signed, now, keep)
+    }
+
+    /// What the slot is told at every start and after every newer root.
+    pub fn trusted(&self) -> Event {
+        Event::Trusted {
+            key: self.trust.root().release_id(),
+        }
+    }
+
+    /// Judges an offer and takes it to the slot. If time or keys are in its way, the device asks the
+    /// cloud for them first, and says no only to the next one.
     ///
     /// # Errors
     /// As [`Models::step`].
     pub fn offer(
         &mut self,
         message: &OfferMessage<'_>,
-        now_ms: u64,
+        now: Moment,
     ) -> Result<Vec<Action>, SlotFileError> {
         let digest = Digest::of(message.manifest.body);
         let record = self.slot.record();
@@ -354,37 +404,58 @@ impl Models {
                 max_latency_us: 0,
                 min_confidence: 0.0,
             };
-            return self.step(Event::Offer { model, bounds });
+            return self.step(Event::Offer {
+                model,
+                bounds,
+                key: KeyId::default(),
+            });
         }
         let judge = Judge {
-            trust: &self.device.trust,
+            trust: self.trust.root(),
             device: &self.device.id,
             hardware: &self.device.hardware,
             floor: self.floor(),
-            now_ms,
+            now_ms: self.trust.now(now),
         };
         let refused = |sequence, code| Event::Refused {
             model: Held { digest, sequence },
             code,
         };
         let event = match judge.offer(message.offer, message.manifest) {
+            Err(error)
+                if (error.is_curable() || error == TrustError::BadSignature)
+                    && self.trust.want(now.mono_ms) =>
+            {
+                tracing::info!(%error, model = %digest, "asking for newer keys and the time first");
+                return Ok(Vec::new());
+            }
             Err(error) => {
                 tracing::warn!(%error, model = %digest, "an offered model is refused");
                 refused(0, error.code())
             }
-            Ok(manifest) => match self.loader.packages.admit(message.manifest) {
-                Ok(_) => Event::Offer {
-                    model: Held {
-                        digest,
-                        sequence: manifest.sequence,
+            Ok(Accepted {
+                manifest,
+                issued_ms,
+            }) => {
+                let record = *self.slot.record();
+                let file = &mut self.file;
+                self.trust
+                    .heard(issued_ms, |time| file.save(&Stored { record, time }))?;
+                match self.loader.packages.admit(message.manifest) {
+                    Ok(_) => Event::Offer {
+                        model: Held {
+                            digest,
+                            sequence: manifest.sequence,
+                        },
+                        bounds: manifest.trial,
+                        key: self.trust.root().release_id(),
                     },
-                    bounds: manifest.trial,
-                },
-                Err(error) => {
-                    tracing::error!(%error, model = %digest, "an offered model cannot be stored");
-                    refused(manifest.sequence, SlotError::Storage.code())
+                    Err(error) => {
+                        tracing::error!(%error, model = %digest, "an offered model cannot be stored");
+                        refused(manifest.sequence, SlotError::Storage.code())
+                    }
                 }
-            },
+            }
         };
         self.step(event)
     }

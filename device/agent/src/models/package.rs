@@ -7,12 +7,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use flywheel_delta::Way;
 use flywheel_shared::ids::Digest;
 use flywheel_shared::trust::{
-    Manifest, Part, PartKind, Role, Signed, TrialBounds, TrustError, TrustRoot, Verified, check_part,
-    verify,
+    Manifest, Part, PartKind, Role, Signed, TrialBounds, TrustError, TrustRoot, Verified,
+    check_part, verify,
 };
-use flywheel_delta::Way;
 use thiserror::Error;
 
 use super::disk::{self, Disk, Files};
@@ -225,7 +225,9 @@ impl Packages {
         let folders = self.disk.list(&self.root).ok()?;
         folders.into_iter().find_map(|folder| {
             let lists = self.manifest_in(&folder, |manifest| {
-                manifest.part(kind).is_some_and(|part| part.digest == *digest)
+                manifest
+                    .part(kind)
+                    .is_some_and(|part| part.digest == *digest)
             });
             let path = folder.join(file_name(kind));
             let there = matches!(self.disk.len(&path), Ok(Some(_)));

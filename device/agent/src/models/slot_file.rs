@@ -2,7 +2,7 @@
 //! write cut short spoils only the older one.
 //!
 //! A page of 512 bytes is, little endian: the first 8 bytes of the SHA-256 of the rest, number `u64`,
-//! floor `u64`, length `u16`, the record's bytes, zeros. The larger valid number holds. The second
+//! time floor (8 bytes of the key, `u64` ms), length `u16`, the record's bytes, zeros. The larger valid number holds. The second
 //! page lies 4096 bytes behind the first, since a disk may spoil a whole sector at once.
 
 use std::fmt;
@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use device_core::slot::SlotRecord;
 use flywheel_shared::ids::Digest;
+use flywheel_shared::trust::{Floor, KeyId};
 use thiserror::Error;
 
 use super::disk::Disk;
@@ -19,7 +20,7 @@ use super::disk::Disk;
 const PAGE: usize = 512;
 const APART: u64 = 4096;
 const CHECK: usize = 8;
-const HEAD: usize = CHECK + 8 + 8 + 2;
+const HEAD: usize = CHECK + 8 + 16 + 2;
 
 /// A file operation on the slot record failed.
 #[derive(Debug, Error)]
@@ -34,8 +35,8 @@ pub struct SlotFileError {
 pub struct Stored {
     /// The slot's own record.
     pub record: SlotRecord,
-    /// Sequence at or below which no model is taken, whatever the record says.
-    pub floor: u64,
+    /// The latest time that the cloud has signed ([`flywheel_shared::trust::Timekeeper`]).
+    pub time: Floor,
 }
 
 /// What was found when the file was opened.
@@ -128,8 +129,9 @@ fn encode(number: u64, stored: &Stored) -> [u8; PAGE] {
     let mut page = [0; PAGE];
     let record = stored.record.to_bytes();
     page[CHECK..CHECK + 8].copy_from_slice(&number.to_le_bytes());
-    page[CHECK + 8..CHECK + 16].copy_from_slice(&stored.floor.to_le_bytes());
-    page[CHECK + 16..HEAD].copy_from_slice(&(record.len() as u16).to_le_bytes());
+    page[CHECK + 8..CHECK + 16].copy_from_slice(&stored.time.key.0);
+    page[CHECK + 16..CHECK + 24].copy_from_slice(&stored.time.at.to_le_bytes());
+    page[CHECK + 24..HEAD].copy_from_slice(&(record.len() as u16).to_le_bytes());
     page[HEAD..HEAD + record.len()].copy_from_slice(&record);
     let check = Digest::of(&page[CHECK..]);
     page[..CHECK].copy_from_slice(&check.0[..CHECK]);
@@ -142,12 +144,16 @@ fn decode(page: &[u8]) -> Option<(u64, Stored)> {
         return None;
     }
     let (number, body) = body.split_first_chunk()?;
-    let (floor, body) = body.split_first_chunk()?;
+    let (key, body) = body.split_first_chunk()?;
+    let (at, body) = body.split_first_chunk()?;
     let (len, body) = body.split_first_chunk()?;
     let record = body.get(..usize::from(u16::from_le_bytes(*len)))?;
     let stored = Stored {
         record: SlotRecord::from_bytes(record).ok()?,
-        floor: u64::from_le_bytes(*floor),
+        time: Floor {
+            key: KeyId(*key),
+            at: u64::from_le_bytes(*at),
+        },
     };
     Some((u64::from_le_bytes(*number), stored))
 }
@@ -169,7 +175,10 @@ mod tests {
                 }),
                 ..SlotRecord::default()
             },
-            floor: 7,
+            time: Floor {
+                key: KeyId([5; 8]),
+                at: 7,
+            },
         }
     }
 

@@ -35,9 +35,18 @@ enum Pending {
 
 #[derive(Clone, Debug)]
 enum Name {
-    Made { path: PathBuf, file: Option<u64> },
-    Moved { from: PathBuf, to: PathBuf, file: u64 },
-    Gone { path: PathBuf },
+    Made {
+        path: PathBuf,
+        file: Option<u64>,
+    },
+    Moved {
+        from: PathBuf,
+        to: PathBuf,
+        file: u64,
+    },
+    Gone {
+        path: PathBuf,
+    },
 }
 
 impl Name {
@@ -151,7 +160,8 @@ impl Medium {
                         let stop = end.min((start / SECTOR + 1) * SECTOR);
                         let piece = &bytes[(start - offset) as usize..(stop - offset) as usize];
                         let kept = keeps();
-                        let torn = matches!(cut, Cut::Chance(_)) && rng.next_u32().is_multiple_of(16);
+                        let torn =
+                            matches!(cut, Cut::Chance(_)) && rng.next_u32().is_multiple_of(16);
                         if torn {
                             image.write(*file, start, &vec![0; piece.len()]);
                         } else if kept {
@@ -385,7 +395,12 @@ impl<N: Clone + Send + std::fmt::Debug> Disk for SimDisk<N> {
     fn remove_folder(&self, folder: &Path) -> io::Result<()> {
         self.change(|medium| {
             medium.folder(folder)?;
-            if medium.now.names.keys().any(|path| path.parent() == Some(folder)) {
+            if medium
+                .now
+                .names
+                .keys()
+                .any(|path| path.parent() == Some(folder))
+            {
                 return Err(io::ErrorKind::DirectoryNotEmpty.into());
             }
             medium.name(Name::Gone {
