@@ -411,10 +411,7 @@ impl Link {
             }
             Down::Time(signed) => {
                 let now = self.moment();
-                let device = &self.identity.device;
-                let answered = lock(&self.shared.models)
-                    .trust()
-                    .answer(device, signed, now);
+                let answered = lock(&self.shared.models).answer_time(signed, now);
                 if let Err(error) = answered {
                     tracing::warn!(%error, "a time stamp is not taken");
                 }

@@ -136,7 +136,7 @@ impl Medium {
         let mut image = self.durable.clone();
         let count = self.pending.len();
         for (at, pending) in self.pending.iter().enumerate() {
-            let mut keeps = || match cut {
+            let keeps = |rng: &mut ChaCha8Rng| match cut {
                 Cut::None => false,
                 Cut::All => true,
                 Cut::First(some) => at < some,
@@ -145,7 +145,7 @@ impl Medium {
             };
             match pending {
                 Pending::Name(change) => {
-                    if keeps() {
+                    if keeps(rng) {
                         image.name(change);
                     }
                 }
@@ -159,7 +159,7 @@ impl Medium {
                     while start < end {
                         let stop = end.min((start / SECTOR + 1) * SECTOR);
                         let piece = &bytes[(start - offset) as usize..(stop - offset) as usize];
-                        let kept = keeps();
+                        let kept = keeps(rng);
                         let torn =
                             matches!(cut, Cut::Chance(_)) && rng.next_u32().is_multiple_of(16);
                         if torn {

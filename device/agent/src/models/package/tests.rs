@@ -1,6 +1,8 @@
 //! Packages that are cut, damaged or signed by somebody else.
 
 use ed25519_dalek::SigningKey;
+use flywheel_shared::MAX_CHUNK;
+use flywheel_shared::message::{Chunk, Fetch};
 use flywheel_shared::trust::{ANY_HARDWARE, RUNTIME_ABI, sign};
 
 use super::*;
