@@ -580,7 +580,7 @@ fn power_cut_at_every_operation_in_50_000_states() {
     let tape = disk.tape();
     let operations = tape.len() - 1;
 
-    let samples = lab.cut(0, &tape, 300, 80);
+    let samples = lab.cut(0, &tape, 300, 60);
     let first = lab.states.len();
 
     // From some of them the device lives on, and the power goes again; or the process alone was
@@ -593,7 +593,7 @@ fn power_cut_at_every_operation_in_50_000_states() {
         device.live_on();
         device.check_end();
         let tape = disk.tape();
-        lab.cut(lives, &tape, 6, usize::MAX);
+        lab.cut(lives, &tape, 8, usize::MAX);
     }
     let states = lab.states.len();
     println!(

@@ -141,7 +141,8 @@ impl Fetching {
     /// Takes a chunk. One that is not the next is ignored. Returns whether it was taken.
     ///
     /// # Errors
-    /// If the disk fails, or if a complete part twice has the wrong digest.
+    /// If the disk fails, more bytes come than were signed, or a complete part twice has the wrong
+    /// digest.
     pub fn chunk(&mut self, chunk: &Chunk<'_>) -> Result<bool, PackageError> {
         let Some(want) = self.missing.last() else {
             return Ok(false);
@@ -152,13 +153,15 @@ impl Fetching {
             return Ok(false);
         }
         self.unanswered = self.unanswered.saturating_sub(1);
-        let end = self.have + chunk.bytes.len() as u64;
-        let next = chunk.digest == digest
-            && chunk.offset == self.have
-            && !chunk.bytes.is_empty()
-            && end <= len;
+        let next = chunk.digest == digest && chunk.offset == self.have && !chunk.bytes.is_empty();
         if !next {
             return Ok(false);
+        }
+        let end = self.have + chunk.bytes.len() as u64;
+        if end > len {
+            // No honest sender has more than was signed.
+            let path = want.file(&self.folder);
+            return Err(untrusted(&path)(TrustError::TooLong));
         }
         let path = want.file(&self.folder);
         self.disk
