@@ -153,6 +153,18 @@ fn describe(body: &[u8], path: &Path, json: bool) -> Result<()> {
                 })
             })
             .collect();
+        let deltas: Vec<_> = manifest
+            .deltas
+            .iter()
+            .map(|delta| {
+                serde_json::json!({
+                    "kind": format!("{:?}", delta.part),
+                    "bytes": delta.len,
+                    "way": delta.codec,
+                    "base": delta.base.to_string(),
+                })
+            })
+            .collect();
         return print_json(&serde_json::json!({
             "digest": digest.to_string(),
             "name": manifest.name,
@@ -160,7 +172,7 @@ fn describe(body: &[u8], path: &Path, json: bool) -> Result<()> {
             "hardware": manifest.hardware,
             "expires_ms": manifest.expires_ms,
             "parts": parts,
-            "deltas": manifest.deltas.len(),
+            "deltas": deltas,
         }));
     }
     print_line(format!(
@@ -176,6 +188,12 @@ fn describe(body: &[u8], path: &Path, json: bool) -> Result<()> {
             "  {:?}: {} bytes, SHA-256 {}",
             part.kind, part.len, part.digest
         ))?;
+        for delta in manifest.deltas.iter().filter(|d| d.part == part.kind) {
+            print_line(format!(
+                "    or {} bytes for who has {}",
+                delta.len, delta.base
+            ))?;
+        }
     }
     Ok(())
 }

@@ -251,10 +251,10 @@ impl Registry {
             let Some(old) = from.filter(|old| old.digest != part.digest && old.len > 0) else {
                 continue;
             };
-            let (Some(base), Some(target)) = (
-                self.store.blobs().get(&old.digest)?,
-                self.store.blobs().get(&part.digest)?,
-            ) else {
+            // Without a delta the part is fetched whole, so damage on this disk is no reason to stop.
+            let blob = |digest| self.store.blobs().get(digest);
+            let (Ok(Some(base)), Ok(Some(target))) = (blob(&old.digest), blob(&part.digest)) else {
+                tracing::warn!(part = ?part.kind, "no delta is made: a blob is missing or damaged");
                 continue;
             };
             let coded = flywheel_delta::encode(&base, &target)

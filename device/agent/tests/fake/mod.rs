@@ -362,18 +362,6 @@ impl Cloud {
                     state: report.state,
                 }))]
             }
-            Up::Attest(attest) => {
-                let body = wire::bytes(&TimeStamp {
-                    device: self.device.clone(),
-                    nonce: attest.nonce,
-                    now_ms: flywheel_agent::clock::unix_ms(),
-                });
-                let signature = sign(Role::Time, &self.rollout, &body);
-                vec![down(&Down::Time(Signed {
-                    body: &body,
-                    signature: &signature,
-                }))]
-            }
             Up::Fetch(fetch) => {
                 memory.fetched += fetch.len as usize;
                 memory.asked.push(fetch.digest);
