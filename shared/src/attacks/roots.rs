@@ -112,7 +112,8 @@ pub fn attack_key_compromise_threshold(bench: &mut Bench<'_>) -> Result<(), Surp
 pub fn attack_key_compromise_duplicate_keys(bench: &mut Bench<'_>) -> Result<(), Surprise> {
     let world = bench.world;
     let [a, b, c] = &world.root;
-    let doubles: [(&dyn Fn(&mut TrustRoot), &[&SigningKey]); 5] = [
+    type Spoil<'a> = &'a dyn Fn(&mut TrustRoot);
+    let doubles: [(Spoil<'_>, &[&SigningKey]); 5] = [
         (&|root| root.root.keys[1] = root.root.keys[0], &[a, b, c]),
         (&|root| root.root.keys[2] = root.root.keys[0], &[a, b, c]),
         (&|root| root.release = root.rollout, &[a, b]),

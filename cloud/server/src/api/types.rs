@@ -88,6 +88,9 @@ pub struct DeviceView {
     pub transport: Option<String>,
     /// When it was last heard, Unix milliseconds.
     pub last_seen_ms: Option<u64>,
+    /// Version of its trust root when it asked last, since the server started.
+    #[serde(default)]
+    pub root_version: Option<u32>,
     /// Its hardware class.
     pub hardware: String,
     /// Its source of frames.
