@@ -276,7 +276,7 @@ pub(crate) fn open(
             "records of earlier starts are in the spool"
         );
     }
-    let (models, live) = Models::open(&config.data, Arc::clone(state), device, config.engine)?;
+    let (models, live) = Models::open(&config.data, state, device, config.engine)?;
     let status = Status {
         progress: state.progress(&config.source),
         held: false,

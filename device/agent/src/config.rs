@@ -8,11 +8,15 @@ use std::path::{Path, PathBuf};
 use device_core::backlog::MAX_BACKLOG;
 use device_core::governor::Limits;
 use device_core::pace::Pace;
+use device_core::retrieval::Least;
 use device_core::uplink::Transport;
 use serde::Deserialize;
 use thiserror::Error;
 
 use crate::models::{EngineChoice, UnknownChoice};
+
+/// Smallest download budget that is not "no limit", in bytes a second: one request in ten seconds.
+const MIN_DOWNLOAD: u32 = 100;
 
 /// Why a configuration is not usable.
 #[derive(Debug, Error)]
@@ -126,6 +130,39 @@ impl Default for SpoolConfig {
     }
 }
 
+/// How models are fetched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Download {
+    /// Bytes a second that are asked for at most; 0 for as many as come.
+    pub budget: u32,
+    /// Bytes a second below which a sender is not waited for.
+    pub least: u32,
+    /// Seconds of waiting that a sender may be behind `least`.
+    pub patience_s: u32,
+}
+
+impl Default for Download {
+    fn default() -> Self {
+        let least = Least::default();
+        Self {
+            budget: 0,
+            least: least.rate,
+            patience_s: (least.patience_ms / 1000) as u32,
+        }
+    }
+}
+
+impl Download {
+    /// What is expected of a sender.
+    pub fn expects(&self) -> Least {
+        Least {
+            rate: self.least,
+            patience_ms: u64::from(self.patience_s) * 1000,
+        }
+    }
+}
+
 /// A checked configuration.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
@@ -145,6 +182,8 @@ pub struct Config {
     pub budget: Budget,
     /// The queue on disk.
     pub spool: SpoolConfig,
+    /// How models are fetched.
+    pub download: Download,
     /// Milliseconds between health messages.
     pub health_interval_ms: u64,
     /// Seed of everything that is drawn by lot.
@@ -186,6 +225,8 @@ struct Raw {
     budget: Budget,
     #[serde(default)]
     spool: SpoolConfig,
+    #[serde(default)]
+    download: Download,
     #[serde(default = "default_health")]
     health_interval_ms: u64,
     #[serde(default)]
@@ -272,6 +313,27 @@ impl Config {
         if raw.spool.quota_mb == 0 {
             return Err(wrong("spool.quota_mb", "must be at least 1".to_owned()));
         }
+        if (1..MIN_DOWNLOAD).contains(&raw.download.budget) {
+            return Err(wrong(
+                "download.budget",
+                format!(
+                    "is {}; it must be 0 for no limit, or at least {MIN_DOWNLOAD} bytes a second",
+                    raw.download.budget
+                ),
+            ));
+        }
+        for (key, value) in [
+            ("download.least", raw.download.least),
+            ("download.patience_s", raw.download.patience_s),
+        ] {
+            if value == 0 {
+                return Err(wrong(
+                    key,
+                    "must be at least 1, or a slow sender could hold an update up for good"
+                        .to_owned(),
+                ));
+            }
+        }
         if !(50..=3_600_000).contains(&raw.health_interval_ms) {
             return Err(wrong(
                 "health_interval_ms",
@@ -333,6 +395,7 @@ impl Config {
             pace,
             budget: raw.budget,
             spool: raw.spool,
+            download: raw.download,
             health_interval_ms: raw.health_interval_ms,
             seed: raw.seed,
             limits: Limits {
@@ -453,6 +516,9 @@ mod tests {
             ("pace = \"fast\"", "pace"),
             ("health_interval_ms = 1", "health_interval_ms"),
             ("[spool]\nquota_mb = 0", "spool.quota_mb"),
+            ("[download]\nbudget = 7", "download.budget"),
+            ("[download]\nleast = 0", "download.least"),
+            ("[download]\npatience_s = 0", "download.patience_s"),
             ("hardware = \"\"", "hardware"),
             ("max_fps = 0.0", "max_fps"),
             ("max_cpu = nan", "max_cpu"),

@@ -88,7 +88,7 @@ impl Link {
         // Only the jitter of reconnects hangs on this.
         let mut rng = ChaCha8Rng::seed_from_u64(config.seed);
         rng.set_stream(u64::from(settings.epoch));
-        let installer = Installer::new(lock(&shared.models).loader());
+        let installer = Installer::new(lock(&shared.models).loader(), config.download);
         let link = Self {
             reporter: Reporter::new(config, settings.epoch, now),
             installer,
@@ -123,6 +123,7 @@ impl Link {
                 Woken::Message(None) => {
                     let why = self.connection.take().map(|c| c.why()).unwrap_or_default();
                     tracing::warn!(why, "connection lost");
+                    self.installer.lost_connection();
                     self.drive(Event::Closed).await;
                 }
                 Woken::Connected(result) => self.connected(result).await,
@@ -320,6 +321,7 @@ impl Link {
         if let Some(connection) = self.connection.take() {
             tokio::spawn(connection.close());
         }
+        self.installer.lost_connection();
     }
 
     async fn connected(&mut self, result: Result<Connection, ConnectError>) {
@@ -410,10 +412,7 @@ impl Link {
             }
             Down::Time(signed) => {
                 let now = self.moment();
-                let device = &self.identity.device;
-                let answered = lock(&self.shared.models)
-                    .trust()
-                    .answer(device, signed, now);
+                let answered = lock(&self.shared.models).answer_time(signed, now);
                 if let Err(error) = answered {
                     tracing::warn!(%error, "a time stamp is not taken");
                 }

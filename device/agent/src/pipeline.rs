@@ -633,6 +633,7 @@ impl Pipeline {
                             self.shared.metrics.swaps.add(1);
                         }
                         self.flicker.reset();
+                        self.trigger.model_changed();
                     }
                 }
                 Action::Discard => {

@@ -1,5 +1,6 @@
-//! What the agent remembers: the slot record and the accounts of the spool in sled, the boot epoch
-//! and how far the source was read ([`crate::position`]) in files of their own.
+//! What the agent remembers: the accounts of the spool in sled, and in files of their own the boot
+//! epoch and how far the source was read ([`crate::position`]). The slot record is in another
+//! ([`crate::models`]).
 //!
 //! sled keeps writes in the memory of the process until it is flushed, so `kill -9` loses what was
 //! not. Whatever later decisions rely on is therefore flushed by the function that writes it.
@@ -11,7 +12,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use device_core::slot::SlotRecord;
-use flywheel_shared::trust::Floor;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -79,13 +79,13 @@ pub struct Progress {
 }
 
 const EPOCH: &str = "boot epoch";
-const SLOT: &str = "slot record";
-const TIME: &str = "time floor";
 const MARK: &str = "source mark";
 // Where agents before 0.2 kept the position.
 const OLD_SOURCE: &str = "source";
 const OLD_PROGRESS: &str = "progress";
 const OLD_BYTES_UP: &str = "bytes up";
+// And the slot record.
+const OLD_SLOT: &str = "slot record";
 const ACCOUNTS: &str = "spool accounts";
 
 /// The agent's database and the lock on its data folder.
@@ -222,33 +222,29 @@ impl State {
         self.last.map_or(0, |last| last.bytes_up)
     }
 
-    /// The stored slot record; the default one if there is none.
-    pub fn slot(&self) -> Result<SlotRecord, StateError> {
-        let Some(bytes) = self.db.get(SLOT).map_err(|source| self.database(source))? else {
-            return Ok(SlotRecord::default());
-        };
-        SlotRecord::from_bytes(&bytes).map_err(|_| StateError::Malformed {
-            path: self.path.clone(),
-            key: SLOT,
-        })
-    }
-
-    /// Stores the slot record; durable on return.
-    pub fn save_slot(&self, record: &SlotRecord) -> Result<(), StateError> {
-        self.db
-            .insert(SLOT, record.to_bytes().as_slice())
+    /// The slot record that an agent before 0.2 left, which is in a file of its own now; see
+    /// [`crate::models`].
+    pub fn old_slot(&self) -> Result<Option<SlotRecord>, StateError> {
+        let record = self
+            .db
+            .get(OLD_SLOT)
             .map_err(|source| self.database(source))?;
-        self.flush()
+        let Some(bytes) = record else {
+            return Ok(None);
+        };
+        SlotRecord::from_bytes(&bytes)
+            .map(Some)
+            .map_err(|_| StateError::Malformed {
+                path: self.path.clone(),
+                key: OLD_SLOT,
+            })
     }
 
-    /// The latest time that the cloud has signed.
-    pub fn time_floor(&self) -> Result<Floor, StateError> {
-        Ok(self.get(TIME)?.unwrap_or_default())
-    }
-
-    /// Stores it; durable on return.
-    pub fn save_time_floor(&self, floor: Floor) -> Result<(), StateError> {
-        self.put(TIME, &floor)?;
+    /// What [`State::old_slot`] gave lies elsewhere now.
+    pub fn forget_old_slot(&self) -> Result<(), StateError> {
+        self.db
+            .remove(OLD_SLOT)
+            .map_err(|source| self.database(source))?;
         self.flush()
     }
 

@@ -10,12 +10,12 @@ use std::sync::Arc;
 
 use flywheel_shared::ids::DeviceId;
 use flywheel_shared::message::Attest;
-use flywheel_shared::trust::{Signed, SignedRoot, Timekeeper, TrustError, TrustRoot};
+use flywheel_shared::trust::{Floor, Signed, SignedRoot, Timekeeper, TrustError, TrustRoot};
 use thiserror::Error;
 
 use crate::clock::Moment;
-use crate::state::{State, StateError};
-use crate::{files, identity, wire};
+use crate::models::{Disk, SlotFileError, replace};
+use crate::{identity, wire};
 
 /// Offers make the device ask no more often than this in milliseconds.
 const ASK_AGAIN_MS: u64 = 10_000;
@@ -36,7 +36,7 @@ pub enum UpdateError {
     },
     /// As [`UpdateError::Io`].
     #[error(transparent)]
-    State(#[from] StateError),
+    Slot(#[from] SlotFileError),
 }
 
 impl From<TrustError> for UpdateError {
@@ -49,8 +49,8 @@ impl From<TrustError> for UpdateError {
 pub struct Trust {
     root: TrustRoot,
     time: Timekeeper,
+    disk: Arc<dyn Disk>,
     path: PathBuf,
-    state: Arc<State>,
     wanted: bool,
     /// The question that is not answered yet.
     nonce: Option<u64>,
@@ -58,20 +58,22 @@ pub struct Trust {
 }
 
 impl Trust {
-    /// Goes on with a root and the stored time.
-    ///
-    /// # Errors
-    /// If the state can't be read.
-    pub fn open(data: &Path, root: TrustRoot, state: &Arc<State>) -> Result<Self, StateError> {
-        Ok(Self {
+    /// Goes on with a root and the stored time; newer roots are kept in the data folder.
+    pub fn open(disk: Arc<dyn Disk>, data: &Path, root: TrustRoot, time: Floor) -> Self {
+        Self {
             root,
-            time: Timekeeper::new(state.time_floor()?),
+            time: Timekeeper::new(time),
+            disk,
             path: identity::trust_file(data),
-            state: Arc::clone(state),
             wanted: false,
             nonce: None,
             asked_ms: None,
-        })
+        }
+    }
+
+    /// The latest time that the cloud has signed.
+    pub fn time_floor(&self) -> Floor {
+        self.time.floor()
     }
 
     /// The keys that are believed.
@@ -125,16 +127,18 @@ impl Trust {
     /// [`UpdateError`]; the root in hand holds then.
     pub fn update(&mut self, signed: SignedRoot<'_>) -> Result<(), UpdateError> {
         let next = self.root.update(signed)?.into_inner();
-        files::replace(&self.path, &wire::bytes(&signed)).map_err(|source| UpdateError::Io {
-            path: self.path.clone(),
-            source,
+        replace(&*self.disk, &self.path, &wire::bytes(&signed)).map_err(|source| {
+            UpdateError::Io {
+                path: self.path.clone(),
+                source,
+            }
         })?;
         tracing::info!(version = next.version, "a newer trust root is in force");
         self.root = next;
         Ok(())
     }
 
-    /// Takes the answer to the last question.
+    /// Takes the answer to the last question; `keep` stores the time.
     ///
     /// # Errors
     /// [`UpdateError`]; no time was learnt then.
@@ -143,24 +147,29 @@ impl Trust {
         device: &DeviceId,
         signed: Signed<'_>,
         now: Moment,
+        keep: impl FnOnce(Floor) -> Result<(), SlotFileError>,
     ) -> Result<(), UpdateError> {
         let nonce = self.nonce.ok_or(TrustError::WrongNonce)?;
         let mut time = self.time;
         time.answer(&self.root, device, nonce, signed, now.mono_ms)?;
-        self.state.save_time_floor(time.floor())?;
+        keep(time.floor())?;
         self.time = time;
         self.nonce = None;
         Ok(())
     }
 
-    /// Takes the time at which an offer was signed that is believed.
+    /// Takes the time at which an offer was signed that is believed; `keep` stores it.
     ///
     /// # Errors
     /// If it can't be stored.
-    pub fn heard(&mut self, signed_ms: u64) -> Result<(), StateError> {
+    pub fn heard(
+        &mut self,
+        signed_ms: u64,
+        keep: impl FnOnce(Floor) -> Result<(), SlotFileError>,
+    ) -> Result<(), SlotFileError> {
         let mut time = self.time;
         if time.heard(&self.root, signed_ms) {
-            self.state.save_time_floor(time.floor())?;
+            keep(time.floor())?;
             self.time = time;
         }
         Ok(())
@@ -169,11 +178,14 @@ impl Trust {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
     use ed25519_dalek::SigningKey;
     use flywheel_shared::trust::{Keys, Role, TimeStamp, sign};
 
     use super::*;
     use crate::identity::TrustBytes;
+    use crate::models::Files;
 
     fn public(key: &SigningKey) -> [u8; 32] {
         key.verifying_key().to_bytes()
@@ -210,8 +222,9 @@ mod tests {
 
     struct Device {
         data: tempfile::TempDir,
-        state: Arc<State>,
         id: DeviceId,
+        /// The time floor that was kept.
+        kept: Cell<Floor>,
     }
 
     impl Device {
@@ -219,14 +232,19 @@ mod tests {
             let data = tempfile::tempdir().unwrap();
             std::fs::create_dir_all(identity::folder(data.path())).unwrap();
             Self {
-                state: Arc::new(State::open(data.path()).unwrap()),
                 data,
                 id: "cam1".parse().unwrap(),
+                kept: Cell::default(),
             }
         }
 
         fn trust(&self, root: TrustRoot) -> Trust {
-            Trust::open(self.data.path(), root, &self.state).unwrap()
+            Trust::open(Arc::new(Files), self.data.path(), root, self.kept.get())
+        }
+
+        fn keep(&self, floor: Floor) -> Result<(), SlotFileError> {
+            self.kept.set(floor);
+            Ok(())
         }
 
         fn answer(&self, trust: &mut Trust, by: &SigningKey, ask: Attest, now_ms: u64) -> bool {
@@ -240,7 +258,9 @@ mod tests {
                 body: &body,
                 signature: &signature,
             };
-            trust.answer(&self.id, signed, at(50, None)).is_ok()
+            trust
+                .answer(&self.id, signed, at(50, None), |floor| self.keep(floor))
+                .is_ok()
         }
     }
 
@@ -305,8 +325,9 @@ mod tests {
     fn the_time_floor_outlives_a_restart_and_a_clock_set_back_is_not_believed() {
         let device = Device::new();
         let mut trust = device.trust(root(1, &key(3)));
-        trust.heard(7_000).unwrap();
-        trust.heard(6_000).unwrap();
+        for signed_ms in [7_000, 6_000] {
+            trust.heard(signed_ms, |floor| device.keep(floor)).unwrap();
+        }
         let trust = device.trust(root(1, &key(3)));
         assert_eq!(trust.now(at(0, None)), None);
         assert_eq!(trust.now(at(0, Some(6_999))), None);

@@ -136,6 +136,7 @@ fn a_device_behind_its_camera_and_at_its_limits_allocates_nothing() {
             stall_every: 0,
             stall_us: 0,
             fails_at: None,
+            panics_at: None,
         },
         extra: "max_cpu = 0.9\nmax_fps = 24",
     });

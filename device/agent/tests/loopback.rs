@@ -1,5 +1,6 @@
 //! Whole agents against a small cloud over real QUIC on the loopback interface.
 
+#[allow(dead_code, reason = "each test uses its part")]
 mod fake;
 
 use std::fs;
@@ -7,26 +8,16 @@ use std::path::Path;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
-use device_core::params::{Params, Shape};
-use device_engine::{
-    ClassOutput, EngineKind, Frame, InputSpec, ModelBytes, ModelSpec, Output, Task, load,
-    preprocess,
-};
+use fake::package::{FRAME_BYTES, release};
 use fake::{Cloud, Release, release_key};
 use flywheel_agent::agent::{self, AgentError, Mode};
 use flywheel_agent::config::Config;
+use flywheel_agent::models::Packages;
 use flywheel_agent::wire;
-use flywheel_models::{ARCH, NetConfig, Weights, export};
 use flywheel_shared::ids::Digest;
-use flywheel_shared::message::SlotState;
-use flywheel_shared::spec::Golden;
-use flywheel_shared::trust::{
-    ANY_HARDWARE, Manifest, Part, PartKind, RUNTIME_ABI, Role, TrialBounds, sign,
-};
+use flywheel_shared::message::{Chunk, SlotState};
+use flywheel_shared::trust::{ANY_HARDWARE, Manifest, PartKind, Role, Signed, sign};
 use tokio::sync::oneshot;
-
-const SIDE: u16 = 32;
-const FRAME_BYTES: u64 = 3 * SIDE as u64 * SIDE as u64;
 
 fn config(data: &Path) -> Config {
     let text = format!(
@@ -126,120 +117,6 @@ fn a_second_agent_on_the_same_folder_is_refused() {
     let error = agent::run(&config(data.path()), Mode::Once { frames: 1 }).unwrap_err();
     assert!(error.to_string().contains("another agent"), "{error}");
     running.stop();
-}
-
-/// A package of an untrained network, with golden answers from the engine itself.
-fn release(sequence: u64) -> Release {
-    let spec = ModelSpec {
-        arch: ARCH,
-        labels: "stop\nyield\nother",
-        input: InputSpec {
-            mean: [0.5; 3],
-            std: [0.25; 3],
-            ..InputSpec::new(SIDE, SIDE, 3)
-        },
-        embedding: 64,
-        task: Task::Classify(ClassOutput::Logits),
-    };
-    let net = NetConfig {
-        channels: 3,
-        width: usize::from(SIDE),
-        height: usize::from(SIDE),
-        classes: 3,
-        embedding: 64,
-    };
-    let record = Weights::init(&net, sequence).unwrap().to_record().unwrap();
-    let onnx = export::to_onnx(&net, &record).unwrap();
-    let frames: Vec<u8> = (0..2 * FRAME_BYTES as u32)
-        .map(|i| (i * 37 % 255) as u8)
-        .collect();
-    let bytes = ModelBytes {
-        onnx: &onnx,
-        record: &record,
-        spec: &spec,
-    };
-    let mut plan = load(EngineKind::Tract, &bytes).unwrap();
-    let mut input = vec![0.0; plan.input_len()];
-    let mut logits = [0.0; 3];
-    let mut answers = Vec::new();
-    for pixels in frames.chunks_exact(FRAME_BYTES as usize) {
-        let frame = Frame {
-            pixels,
-            width: u32::from(SIDE),
-            height: u32::from(SIDE),
-            channels: 3,
-        };
-        preprocess(&frame, &spec.input, &mut input).unwrap();
-        let mut output = Output {
-            logits: &mut logits,
-            embedding: &mut [0.0; 64],
-            heads: &mut [],
-        };
-        plan.run(&input, &mut output).unwrap();
-        answers.extend(logits.iter().flat_map(|logit| logit.to_le_bytes()));
-    }
-    let golden = wire::bytes(&Golden {
-        width: SIDE,
-        height: SIDE,
-        channels: 3,
-        frames: &frames,
-        logits: &answers,
-        tolerance: 1e-4,
-    });
-    let parts = [
-        (PartKind::Onnx, onnx.clone()),
-        (PartKind::BurnRecord, record.clone()),
-        (PartKind::Spec, wire::bytes(&spec)),
-        (PartKind::Scores, scores()),
-        (PartKind::Golden, golden),
-    ];
-    let manifest = wire::bytes(&Manifest {
-        name: "roads",
-        sequence,
-        hardware: ANY_HARDWARE,
-        abi: RUNTIME_ABI,
-        created_ms: 0,
-        expires_ms: u64::MAX,
-        trial: TrialBounds {
-            frames: 20,
-            max_latency_us: 0,
-            min_confidence: 0.0,
-        },
-        parts: parts
-            .iter()
-            .map(|(kind, bytes)| Part {
-                kind: *kind,
-                len: bytes.len() as u32,
-                digest: Digest::of(bytes),
-            })
-            .collect(),
-        deltas: heapless::Vec::new(),
-    });
-    Release {
-        signature: sign(Role::Release, &release_key(), &manifest),
-        manifest,
-        sequence,
-        parts: parts
-            .into_iter()
-            .map(|(_, bytes)| (Digest::of(&bytes), bytes))
-            .collect(),
-    }
-}
-
-/// Score parameters that know nothing: T = 1, one item a class, empty tables.
-fn scores() -> Vec<u8> {
-    let shape = Shape::plain(3, 64, 2);
-    let layout = shape.layout();
-    let mut values = vec![0.0; shape.values()];
-    values[layout.temperature] = 1.0;
-    values[layout.calibrated] = 100.0;
-    values[layout.counts].fill(1.0);
-    let mut out = vec![0; shape.encoded_len()];
-    Params::checked(shape, &values)
-        .unwrap()
-        .encode(&mut out)
-        .unwrap();
-    out
 }
 
 fn has_ended(cloud: &Arc<Cloud>, state: SlotState) -> bool {
@@ -344,4 +221,73 @@ fn a_model_that_answers_otherwise_than_signed_is_reverted() {
         assert!(!memory.reports.iter().any(|r| r.0 == SlotState::Trial));
     });
     running.stop();
+}
+
+#[test]
+fn a_shadow_model_finds_frames_that_the_live_one_disagrees_on() {
+    use flywheel_shared::message::Lane;
+    let disagreed = |shadow: bool| {
+        let data = tempfile::tempdir().unwrap();
+        let cloud = Cloud::start(data.path());
+        cloud.with(|memory| {
+            memory.run_until = 10;
+            memory.release = Some(release(4));
+        });
+        let running = start(data.path());
+        cloud.wait("the model to be live", |memory| {
+            memory
+                .health
+                .as_ref()
+                .is_some_and(|told| told.live.is_some())
+        });
+        running.stop();
+        let mut config = config(data.path());
+        let second = release(9);
+        let home = tempfile::tempdir().unwrap();
+        let folder = home.path().join(Digest::of(&second.manifest).to_string());
+        if shadow {
+            let packages = Packages::open(home.path()).unwrap();
+            let digest = packages
+                .admit(Signed {
+                    body: &second.manifest,
+                    signature: &second.signature,
+                })
+                .unwrap();
+            let mut fetching = packages.fetch(&digest).unwrap();
+            while !fetching.is_complete() {
+                for fetch in fetching.requests(u64::MAX) {
+                    let start = fetch.offset as usize;
+                    let chunk = Chunk {
+                        digest: fetch.digest,
+                        offset: fetch.offset,
+                        bytes: &second.parts[&fetch.digest][start..start + fetch.len as usize],
+                    };
+                    assert!(fetching.chunk(&chunk).unwrap());
+                }
+            }
+            config.shadow_model = Some(folder);
+        }
+        cloud.with(|memory| memory.records.clear());
+        let frames = Mode::Once { frames: 300 };
+        agent::run_until(&config, frames, std::future::pending()).unwrap();
+        cloud.with(|memory| {
+            let lane = |r: &&fake::Arrived| r.lane == Some(Lane::Disagree);
+            memory.records.values().filter(lane).count()
+        })
+    };
+    let (without, with) = (disagreed(false), disagreed(true));
+    assert!(
+        with > without,
+        "{with} with a shadow model, {without} without"
+    );
+}
+
+#[test]
+fn a_shadow_model_that_nobody_signed_is_refused_at_the_start() {
+    let data = tempfile::tempdir().unwrap();
+    let _cloud = Cloud::start(data.path());
+    let mut config = config(data.path());
+    config.shadow_model = Some(data.path().join("second"));
+    let error = agent::run(&config, Mode::Once { frames: 1 }).unwrap_err();
+    assert!(error.to_string().contains("shadow_model"), "{error}");
 }

@@ -4,8 +4,9 @@
 #[allow(dead_code, reason = "each test uses its part")]
 mod virtual_time;
 
+use device_core::slot::SlotError;
 use flywheel_agent::shared::lock;
-use flywheel_shared::message::{Record, records};
+use flywheel_shared::message::{Record, SlotState, records};
 use virtual_time::{Cost, Device, Setup, World};
 
 const QUICK: Cost = Cost {
@@ -13,6 +14,7 @@ const QUICK: Cost = Cost {
     stall_every: 0,
     stall_us: 0,
     fails_at: None,
+    panics_at: None,
 };
 
 fn device(frames: u64, live: Cost, extra: &'static str) -> Device {
@@ -113,4 +115,34 @@ fn a_candidate_on_a_share_of_the_frames_is_tried_as_long() {
             .count();
     }
     assert_eq!(samples as u32, spool.flagged());
+}
+
+#[test]
+fn an_engine_that_panics_costs_the_candidate_and_no_frame() {
+    let frames = 1_000;
+    let mut device = device(frames, QUICK, "");
+    device.turn();
+    device.offer(
+        1,
+        100,
+        Cost {
+            panics_at: Some(50),
+            ..QUICK
+        },
+    );
+    while device.turn() {}
+    let report = lock(&device.shared.models).report().unwrap();
+    assert_eq!(report.state, SlotState::Reverted);
+    assert_eq!(report.code, SlotError::Engine.code());
+    let metrics = &device.shared.metrics;
+    assert_eq!((metrics.seen.get(), metrics.swaps.get()), (frames, 0));
+    // The live model that panics gives no answer, and is asked again.
+    let panicking = Cost {
+        panics_at: Some(7),
+        ..QUICK
+    };
+    let mut device = self::device(frames, panicking, "");
+    while device.turn() {}
+    assert_eq!(device.shared.metrics.failed.get(), 1);
+    assert_eq!(device.shared.metrics.seen.get(), frames);
 }

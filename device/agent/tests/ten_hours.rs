@@ -23,6 +23,7 @@ const USUAL: Cost = Cost {
     stall_every: 40_000,
     stall_us: 700_000,
     fails_at: None,
+    panics_at: None,
 };
 
 /// Whether the cloud is reached at this frame.

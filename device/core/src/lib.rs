@@ -23,6 +23,7 @@
 //! | [`trigger`] | whether the frame is worth its upload, and in which lane |
 //! | [`spool`] | what is kept in NOR flash until the cloud has it |
 //! | [`uplink`] | when to connect, send, wait, resend and change transport |
+//! | [`retrieval`] | whether a download comes fast enough to be waited for |
 //! | [`slot`] | whether an offered model becomes the live one |
 #![no_std]
 #![forbid(unsafe_code)]
@@ -39,6 +40,7 @@ pub mod governor;
 pub mod pace;
 pub mod params;
 pub mod quantile;
+pub mod retrieval;
 pub mod score;
 pub mod shadow;
 pub mod sketch;

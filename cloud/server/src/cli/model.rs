@@ -10,7 +10,7 @@ use flywheel_shared::trust::{PublicKey, Role, sign};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::format::{self, percent, short};
-use super::sign::SignArgs;
+use super::sign::{SignArgs, TermsArgs};
 use super::{Connection, EXIT_NEGATIVE, print_json, print_line};
 use crate::api::types::{
     EvalRequest, JobView, ManifestView, ModelView, PromoteRequest, RootView, TrainRequest,
@@ -66,13 +66,18 @@ pub enum ModelCommand {
         id: String,
     },
     /// Write a model's manifest to a file, to be signed on another machine.
-    #[command(after_help = "Example: flywheel model export 9c41d0 --out manifest.bin")]
+    #[command(
+        after_help = "Example: flywheel model export 9c41d0 --out manifest.bin --hardware orin"
+    )]
     Export {
         /// Its id or the beginning of it.
         id: String,
         /// File for the manifest.
         #[arg(long, value_name = "FILE")]
         out: PathBuf,
+        /// What it asks of devices.
+        #[command(flatten)]
+        terms: TermsArgs,
     },
     /// Sign an exported manifest with the release key; needs no server.
     #[command(
@@ -217,9 +222,9 @@ pub fn run(command: ModelCommand, connection: &Connection) -> Result<ExitCode> {
     match command {
         // Need no client, so they are gone by now.
         ModelCommand::Import(_) | ModelCommand::Sign(_) => {}
-        ModelCommand::Export { id, out } => {
+        ModelCommand::Export { id, out, terms } => {
             let manifest: ManifestView = client.get(&format!("/v1/models/{id}/manifest"))?;
-            super::sign::export(&manifest, &out, connection.json)?;
+            super::sign::export(&manifest, &terms, &out, connection.json)?;
         }
         ModelCommand::Publish {
             id,

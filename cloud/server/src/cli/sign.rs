@@ -25,12 +25,56 @@ pub struct SignArgs {
     out: PathBuf,
 }
 
+/// What a release asks of devices, where it is to differ from what the server proposes.
+#[derive(Args)]
+pub struct TermsArgs {
+    /// Only devices of this hardware class take it (`hardware` in their configuration).
+    #[arg(long, value_name = "CLASS")]
+    hardware: Option<String>,
+    /// Live frames of the trial.
+    #[arg(long, value_name = "N")]
+    trial_frames: Option<u32>,
+    /// Largest median inference time on trial in microseconds; 0 for no bound.
+    #[arg(long, value_name = "US")]
+    max_latency_us: Option<u32>,
+    /// Smallest mean confidence on trial, 0 to 1; what falls below it and below the live model's is
+    /// given up.
+    #[arg(long, value_name = "SHARE")]
+    min_confidence: Option<f32>,
+}
+
+impl TermsArgs {
+    /// A manifest under these terms.
+    fn apply(&self, body: &[u8]) -> Result<Vec<u8>> {
+        let mut manifest = Manifest::recall(&Digest::of(body), body)
+            .context("the server's manifest does not decode")?
+            .into_inner();
+        if let Some(hardware) = &self.hardware {
+            manifest.hardware = hardware;
+        }
+        let trial = &mut manifest.trial;
+        trial.frames = self.trial_frames.unwrap_or(trial.frames);
+        trial.max_latency_us = self.max_latency_us.unwrap_or(trial.max_latency_us);
+        trial.min_confidence = self.min_confidence.unwrap_or(trial.min_confidence);
+        ensure!(
+            (0.0..=1.0).contains(&trial.min_confidence),
+            "--min-confidence is {}; it must be 0 to 1",
+            trial.min_confidence
+        );
+        let mut buffer = [0u8; MAX_BODY];
+        let body = postcard::to_slice(&manifest, &mut buffer)
+            .context("the manifest does not encode; is the hardware class too long?")?;
+        Ok(body.to_vec())
+    }
+}
+
 /// Writes a manifest to a file.
 ///
 /// # Errors
-/// If the server's answer makes no sense or the file can't be written.
-pub fn export(view: &ManifestView, out: &Path, json: bool) -> Result<()> {
+/// If the server's answer makes no sense, the terms do not, or the file can't be written.
+pub fn export(view: &ManifestView, terms: &TermsArgs, out: &Path, json: bool) -> Result<()> {
     let body = hex::decode(&view.manifest_hex).context("the server's manifest is not hex")?;
+    let body = terms.apply(&body)?;
     std::fs::write(out, &body).with_context(|| format!("cannot write {}", out.display()))?;
     describe(&body, out, json)
 }
@@ -109,6 +153,18 @@ fn describe(body: &[u8], path: &Path, json: bool) -> Result<()> {
                 })
             })
             .collect();
+        let deltas: Vec<_> = manifest
+            .deltas
+            .iter()
+            .map(|delta| {
+                serde_json::json!({
+                    "kind": format!("{:?}", delta.part),
+                    "bytes": delta.len,
+                    "way": delta.codec,
+                    "base": delta.base.to_string(),
+                })
+            })
+            .collect();
         return print_json(&serde_json::json!({
             "digest": digest.to_string(),
             "name": manifest.name,
@@ -116,7 +172,7 @@ fn describe(body: &[u8], path: &Path, json: bool) -> Result<()> {
             "hardware": manifest.hardware,
             "expires_ms": manifest.expires_ms,
             "parts": parts,
-            "deltas": manifest.deltas.len(),
+            "deltas": deltas,
         }));
     }
     print_line(format!(
@@ -132,6 +188,12 @@ fn describe(body: &[u8], path: &Path, json: bool) -> Result<()> {
             "  {:?}: {} bytes, SHA-256 {}",
             part.kind, part.len, part.digest
         ))?;
+        for delta in manifest.deltas.iter().filter(|d| d.part == part.kind) {
+            print_line(format!(
+                "    or {} bytes for who has {}",
+                delta.len, delta.base
+            ))?;
+        }
     }
     Ok(())
 }

@@ -8,8 +8,8 @@ use flywheel_models::NetConfig;
 use flywheel_shared::ids::Digest;
 use flywheel_shared::spec::{ClassOutput, InputSpec, ModelSpec, Task};
 use flywheel_shared::trust::{
-    ANY_HARDWARE, MAX_BODY, Manifest, Part, PartKind, RUNTIME_ABI, Role, Signed, TrialBounds,
-    check, verify,
+    ANY_HARDWARE, Delta, MAX_BODY, MAX_DELTAS, Manifest, Part, PartKind, RUNTIME_ABI, Role, Signed,
+    TrialBounds, check, verify,
 };
 use serde::{Deserialize, Serialize};
 
@@ -209,13 +209,21 @@ impl Registry {
         }))
     }
 
-    /// Whether a blob is a part of a released model, which devices may fetch.
+    /// Whether a blob is a part of a released model, or a delta to one, which devices may fetch.
     ///
     /// # Errors
     /// If the store can't be read.
     pub fn is_released_part(&self, digest: &Digest) -> Result<bool, Fault> {
         Ok(self.list()?.iter().any(|model| {
-            model.release.is_some() && model.parts.iter().any(|part| part.digest == *digest)
+            let Some(release) = &model.release else {
+                return false;
+            };
+            let manifest = Manifest::recall(&release.digest, &release.body);
+            model.parts.iter().any(|part| part.digest == *digest)
+                || manifest.is_ok_and(|manifest| {
+                    let mut deltas = manifest.deltas.iter();
+                    deltas.any(|delta| delta.digest == *digest)
+                })
         }))
     }
 
@@ -226,6 +234,49 @@ impl Registry {
         model.release.as_ref().filter(|release| {
             check(Role::Release, &key, &release.digest, &release.signature).is_ok()
         })
+    }
+
+    /// Shorter ways to these parts from the champion's, which most devices run; stored, so that they
+    /// can be fetched.
+    fn deltas(&self, parts: &[Part]) -> Result<heapless::Vec<Delta, MAX_DELTAS>, Fault> {
+        let mut deltas = heapless::Vec::new();
+        let Some(champion) = self
+            .champion()?
+            .filter(|champion| champion.release.is_some())
+        else {
+            return Ok(deltas);
+        };
+        for part in parts {
+            let from = champion.parts.iter().find(|old| old.kind == part.kind);
+            let Some(old) = from.filter(|old| old.digest != part.digest && old.len > 0) else {
+                continue;
+            };
+            // Without a delta the part is fetched whole, so damage on this disk is no reason to stop.
+            let blob = |digest| self.store.blobs().get(digest);
+            let (Ok(Some(base)), Ok(Some(target))) = (blob(&old.digest), blob(&part.digest)) else {
+                tracing::warn!(part = ?part.kind, "no delta is made: a blob is missing or damaged");
+                continue;
+            };
+            let coded = flywheel_delta::encode(&base, &target)
+                .map_err(|error| Fault::Internal(format!("a delta can't be made: {error}")))?;
+            // Little gain is not worth a part that has to be put together on the device.
+            let Some((way, bytes)) =
+                coded.filter(|(_, bytes)| bytes.len() <= target.len() / 10 * 9)
+            else {
+                continue;
+            };
+            let delta = Delta {
+                part: part.kind,
+                base: old.digest,
+                codec: way.code(),
+                len: bytes.len() as u32,
+                digest: self.store.blobs().put(&bytes)?,
+            };
+            if deltas.push(delta).is_err() {
+                break;
+            }
+        }
+        Ok(deltas)
     }
 
     /// The bytes that the release key must sign.
@@ -243,6 +294,7 @@ impl Registry {
         let sequence = self.next_sequence()?;
         let mut parts = heapless_parts(&model.parts)?;
         parts.sort_unstable_by_key(|part| part.kind);
+        let deltas = self.deltas(&parts)?;
         let manifest = Manifest {
             name: "champion",
             sequence,
@@ -256,7 +308,7 @@ impl Registry {
                 min_confidence: 1.0 / model.classes.len().max(1) as f32,
             },
             parts,
-            deltas: heapless::Vec::new(),
+            deltas,
         };
         let mut buffer = [0u8; MAX_BODY];
         let body = postcard::to_slice(&manifest, &mut buffer)

@@ -12,7 +12,7 @@ use super::Check;
 use crate::config::Config;
 use crate::files;
 use crate::identity::Identity;
-use crate::models::Loader;
+use crate::models::{self, Loader};
 use crate::source::{self, FrameBuf, Read};
 use crate::state::State;
 
@@ -209,10 +209,14 @@ pub fn model(config: &Config, identity: &Identity, state: Option<&State>, runnin
             )
         };
     };
-    let live = match state.slot() {
-        Ok(record) => record.live,
+    let live = match models::live(&config.data, state) {
+        Ok(live) => live,
         Err(error) => {
-            return Check::fail(name, error.to_string(), "move the `state` folder away");
+            return Check::fail(
+                name,
+                error.to_string(),
+                "mend the disk, or move the file away; the cloud offers the model again",
+            );
         }
     };
     let Some(live) = live else {

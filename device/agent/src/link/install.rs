@@ -3,6 +3,8 @@
 
 use std::time::{Duration, Instant};
 
+use device_core::bucket::{Amount, Bucket};
+use device_core::retrieval::Retrieval;
 use device_core::slot::{Action, Event, Held, SlotError};
 use flywheel_shared::ids::Digest;
 use flywheel_shared::message::{Chunk, Fetch, OfferMessage};
@@ -10,11 +12,17 @@ use flywheel_shared::trust::TrustError;
 use tokio::task::JoinHandle;
 
 use crate::clock::Moment;
+use crate::config::Download;
 use crate::models::{Fetching, LoadError, Loader, PackageError, Runner};
 use crate::shared::{Shared, lock};
 
-/// Without an answer for this long, chunks are asked for again.
+/// Without an answer for this long, chunks are asked for again; twice as long each time, so that a
+/// slow link is not filled with answers to old questions.
 const STALLED: Duration = Duration::from_secs(5);
+/// Longest such wait.
+const STALLED_MOST: Duration = Duration::from_secs(320);
+/// Longest time that a budget is saved up for, in seconds.
+const SAVED: u32 = 10;
 /// Time until an event whose record could not be stored is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -24,9 +32,14 @@ pub(super) type Proved = (Digest, Result<Runner, LoadError>);
 /// Fetches and proves one model at a time.
 pub(super) struct Installer {
     loader: Loader,
-    fetching: Option<(Digest, Fetching)>,
+    rules: Download,
+    started: Instant,
+    /// What may be asked for now, if there is a budget.
+    budget: Option<Bucket>,
+    fetching: Option<(Digest, Fetching, Retrieval)>,
     /// When the last chunk came or was asked for.
     heard: Instant,
+    stalled: Duration,
     proving: Option<(Digest, JoinHandle<Result<Runner, LoadError>>)>,
     /// A proved model whose trial has not begun.
     proved: Option<Runner>,
@@ -36,12 +49,17 @@ pub(super) struct Installer {
 }
 
 impl Installer {
-    pub(super) fn new(loader: Loader) -> Self {
+    pub(super) fn new(loader: Loader, rules: Download) -> Self {
         let now = Instant::now();
+        let saved = Amount::bytes(rules.budget.saturating_mul(SAVED));
         Self {
             loader,
+            rules,
+            started: now,
+            budget: (rules.budget > 0).then(|| Bucket::new(saved, Amount::default())),
             fetching: None,
             heard: now,
+            stalled: STALLED,
             proving: None,
             proved: None,
             deferred: Vec::new(),
@@ -52,8 +70,15 @@ impl Installer {
     /// When [`Installer::tick`] should be called, at `now` or later.
     pub(super) fn due(&self, now: Instant) -> Instant {
         let mut due = now + Duration::from_secs(3600);
-        if self.fetching.is_some() {
-            due = due.min(self.heard + STALLED);
+        if let Some((_, fetching, retrieval)) = &self.fetching {
+            due = due.min(self.heard + self.stalled);
+            if let Some(deadline_ms) = retrieval.deadline_ms() {
+                due = due.min(self.started + Duration::from_millis(deadline_ms));
+            }
+            if self.budget.is_some() && !fetching.waits() {
+                // Until there is enough for a request.
+                due = due.min(now + Duration::from_secs(1));
+            }
         }
         if !self.deferred.is_empty() {
             due = due.min(self.retry_at);
@@ -63,10 +88,21 @@ impl Installer {
 
     /// Asks again for what did not come, and tries again what could not be stored.
     pub(super) fn tick(&mut self, shared: &Shared, now: Instant) -> Vec<Action> {
-        if now >= self.heard + STALLED {
-            self.new_connection();
-        }
         let mut actions = Vec::new();
+        if self.fetching.is_some() && now >= self.heard + self.stalled {
+            let stalled = (2 * self.stalled).min(STALLED_MOST);
+            self.new_connection();
+            self.stalled = stalled;
+        }
+        let now_ms = self.ms(now);
+        if let Some((digest, _, retrieval)) = &self.fetching
+            && let Err(error) = retrieval.check(now_ms)
+        {
+            let (digest, code) = (*digest, error.code());
+            tracing::error!(%error, model = %digest, "the model is not waited for any longer");
+            self.fetching = None;
+            actions.extend(self.step(shared, Event::FetchFailed { digest, code }));
+        }
         if !self.deferred.is_empty() && now >= self.retry_at {
             for event in std::mem::take(&mut self.deferred) {
                 actions.extend(self.step(shared, event));
@@ -77,10 +113,23 @@ impl Installer {
 
     /// Answers to what was asked for on the last connection will not come.
     pub(super) fn new_connection(&mut self) {
-        if let Some((_, fetching)) = &mut self.fetching {
-            fetching.ask_again();
-        }
+        self.lost_connection();
         self.heard = Instant::now();
+        self.stalled = STALLED;
+    }
+
+    /// Nothing is awaited from now on.
+    pub(super) fn lost_connection(&mut self) {
+        let now_ms = self.ms(Instant::now());
+        if let Some((_, fetching, retrieval)) = &mut self.fetching {
+            fetching.ask_again();
+            retrieval.waits(now_ms, false);
+        }
+    }
+
+    /// Milliseconds since the start.
+    fn ms(&self, now: Instant) -> u64 {
+        now.saturating_duration_since(self.started).as_millis() as u64
     }
 
     /// Gives an event to the slot; returns what is to be done.
@@ -136,7 +185,8 @@ impl Installer {
             Action::Discard => {
                 let candidate = lock(&shared.models).record().candidate;
                 let wanted = candidate.map(|candidate| candidate.model.digest);
-                self.fetching.take_if(|(digest, _)| Some(*digest) != wanted);
+                self.fetching
+                    .take_if(|(digest, ..)| Some(*digest) != wanted);
                 self.proved
                     .take_if(|runner| Some(runner.digest()) != wanted);
             }
@@ -160,20 +210,32 @@ impl Installer {
         match self.loader.fetch(&digest) {
             Ok(fetching) if fetching.is_complete() => Some(Event::Fetched { digest }),
             Ok(fetching) => {
-                self.fetching = Some((digest, fetching));
+                let retrieval = Retrieval::new(self.rules.expects());
+                self.fetching = Some((digest, fetching, retrieval));
                 None
             }
             Err(error) => Some(failed(digest, &error)),
         }
     }
 
-    /// The chunks to ask for now.
+    /// The chunks to ask for now, within the budget.
     pub(super) fn requests(&mut self, now: Instant) -> Vec<Fetch> {
-        let requests = self
-            .fetching
-            .as_mut()
-            .map(|(_, fetching)| fetching.requests())
-            .unwrap_or_default();
+        let now_ms = self.ms(now);
+        if let Some(bucket) = &mut self.budget {
+            bucket.advance(now_ms, self.rules.budget);
+        }
+        let Some((_, fetching, retrieval)) = &mut self.fetching else {
+            return Vec::new();
+        };
+        let allowance = self
+            .budget
+            .map_or(u64::MAX, |bucket| bucket.level().whole());
+        let requests = fetching.requests(allowance);
+        retrieval.waits(now_ms, fetching.waits());
+        if let Some(bucket) = &mut self.budget {
+            let asked = requests.iter().map(|fetch| fetch.len).sum();
+            bucket.take(Amount::bytes(asked), Amount::default());
+        }
         if !requests.is_empty() {
             self.heard = now;
         }
@@ -182,7 +244,7 @@ impl Installer {
 
     /// Takes a chunk.
     pub(super) fn chunk(&mut self, shared: &Shared, chunk: &Chunk<'_>) -> Vec<Action> {
-        let Some((digest, fetching)) = &mut self.fetching else {
+        let Some((digest, fetching, retrieval)) = &mut self.fetching else {
             return Vec::new();
         };
         let digest = *digest;
@@ -190,6 +252,8 @@ impl Installer {
             Ok(taken) => {
                 if taken {
                     self.heard = Instant::now();
+                    self.stalled = STALLED;
+                    retrieval.came(chunk.bytes.len() as u64);
                 }
                 if !fetching.is_complete() {
                     return Vec::new();
@@ -202,14 +266,24 @@ impl Installer {
         self.step(shared, event)
     }
 
-    /// The cloud no longer has what was asked for.
+    /// The cloud does not have what was asked for.
     pub(super) fn not_found(&mut self, shared: &Shared) -> Vec<Action> {
-        let Some((digest, _)) = self.fetching.take() else {
+        let Some((digest, fetching, _)) = &mut self.fetching else {
             return Vec::new();
         };
-        tracing::error!(model = %digest, "the cloud does not have a part of the model it offered");
-        let code = TrustError::WrongDigest.code();
-        self.step(shared, Event::FetchFailed { digest, code })
+        let digest = *digest;
+        let event = match fetching.not_found() {
+            Ok(true) if fetching.is_complete() => Event::Fetched { digest },
+            Ok(true) => return Vec::new(),
+            Ok(false) => {
+                tracing::error!(model = %digest, "the cloud does not have a part of the model it offered");
+                let code = TrustError::Incomplete.code();
+                Event::FetchFailed { digest, code }
+            }
+            Err(error) => failed(digest, &error),
+        };
+        self.fetching = None;
+        self.step(shared, event)
     }
 
     /// Waits for the proof under way; forever if there is none. Cancel-safe.

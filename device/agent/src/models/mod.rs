@@ -6,8 +6,11 @@
 //! [`crate::pipeline`] runs and swaps.
 
 mod choice;
+mod disk;
+mod fetching;
 mod package;
 mod runner;
+mod slot_file;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,17 +19,27 @@ use device_core::slot::{Action, Event, Held, Report, Slot, SlotError, SlotRecord
 use flywheel_shared::ids::{DeviceId, Digest};
 use flywheel_shared::message::{OfferMessage, SlotState};
 use flywheel_shared::trust::{
-    Accepted, Judge, KeyId, SignedRoot, TrialBounds, TrustError, TrustRoot,
+    Accepted, Floor, Judge, KeyId, Signed, SignedRoot, TrialBounds, TrustError, TrustRoot,
 };
 use thiserror::Error;
 
 pub use choice::{EngineChoice, Trial, UnknownChoice, fastest};
-pub use package::{Fetching, Package, PackageError, Packages};
+pub(crate) use disk::replace;
+pub use disk::{Disk, Files};
+pub use fetching::Fetching;
+pub use package::{Package, PackageError, Packages};
 pub use runner::{Runner, RunnerError};
+pub use slot_file::{SlotFileError, Stored};
 
 use crate::clock::Moment;
 use crate::state::{State, StateError};
 use crate::trust::{Trust, UpdateError};
+use slot_file::{Found, SlotFile};
+
+/// The slot record's file in a data folder.
+const SLOT: &str = "slot";
+/// The packages' folder in a data folder.
+const MODELS: &str = "models";
 
 /// Why the models cannot be opened.
 #[derive(Debug, Error)]
@@ -35,6 +48,9 @@ pub enum ModelsError {
     #[error(transparent)]
     Package(#[from] PackageError),
     /// The slot record.
+    #[error(transparent)]
+    Slot(#[from] SlotFileError),
+    /// The slot record that an older agent left.
     #[error(transparent)]
     State(#[from] StateError),
 }
@@ -53,8 +69,8 @@ pub enum LoadError {
         "{0}: the folder of a package must be named by the digest of its manifest, as those under models/ of a data folder are; copy it with its name"
     )]
     Unnamed(PathBuf),
-    /// The engine panicked on it.
-    #[error("model {0}: the engine panicked; the model is damaged, or the engine has a bug")]
+    /// The proof panicked, outside of the engine.
+    #[error("model {0}: the proof panicked; this is a bug in the agent")]
     Panicked(Digest),
 }
 
@@ -68,12 +84,27 @@ impl LoadError {
     pub fn slot_error(&self) -> SlotError {
         match self {
             Self::Runner(RunnerError::Golden { .. }) => SlotError::Golden,
+            Self::Runner(RunnerError::Panicked(_)) | Self::Panicked(_) => SlotError::Crash,
             Self::Package(PackageError::Io { .. }) => SlotError::Storage,
-            Self::Package(PackageError::Trust { .. })
-            | Self::Runner(_)
-            | Self::Unnamed(_)
-            | Self::Panicked(_) => SlotError::Load,
+            Self::Package(PackageError::Trust { .. }) | Self::Runner(_) | Self::Unnamed(_) => {
+                SlotError::Load
+            }
         }
+    }
+}
+
+/// Makes a running model of a checked package.
+pub trait Assemble: Send + Sync {
+    /// Loads it.
+    ///
+    /// # Errors
+    /// Why it does not run.
+    fn assemble(&self, package: &Package) -> Result<Runner, RunnerError>;
+}
+
+impl Assemble for EngineChoice {
+    fn assemble(&self, package: &Package) -> Result<Runner, RunnerError> {
+        self.load(package)
     }
 }
 
@@ -82,23 +113,23 @@ impl LoadError {
 pub struct Loader {
     packages: Packages,
     trust: TrustRoot,
-    engine: EngineChoice,
+    engine: Arc<dyn Assemble>,
 }
 
 impl Loader {
     /// What loads the packages in `models` of a data folder; nothing there is made or changed.
     pub fn of(data: &Path, trust: TrustRoot, engine: EngineChoice) -> Self {
         Self {
-            packages: Packages::borrow(&data.join("models")),
+            packages: Packages::borrow(&data.join(MODELS)),
             trust,
-            engine,
+            engine: Arc::new(engine),
         }
     }
 
     /// Reads a package, checks every byte of it, and loads it with the engine.
     pub fn load(&self, digest: &Digest) -> Result<(Runner, Package), LoadError> {
         let package = self.packages.read(digest)?;
-        let runner = self.engine.load(&package)?;
+        let runner = self.engine.assemble(&package)?;
         Ok((runner, package))
     }
 
@@ -140,10 +171,30 @@ pub struct Device {
     pub trust: TrustRoot,
 }
 
+/// The live model of a data folder whose agent does not run; nothing there is made or changed.
+///
+/// # Errors
+/// If the slot record can't be read.
+pub fn live(data: &Path, state: &State) -> Result<Option<Held>, ModelsError> {
+    let path = data.join(SLOT);
+    let stored = if path.exists() {
+        match SlotFile::open(Arc::new(Files), &path)?.1 {
+            Found::Stored(stored) => Some(stored.record),
+            Found::Nothing | Found::Damaged => None,
+        }
+    } else {
+        None
+    };
+    match stored {
+        Some(record) => Ok(record.live),
+        None => Ok(state.old_slot()?.and_then(|record| record.live)),
+    }
+}
+
 /// The slot with its storage.
 pub struct Models {
     slot: Slot,
-    state: Arc<State>,
+    file: SlotFile,
     device: Device,
     trust: Trust,
     loader: Loader,
@@ -153,39 +204,90 @@ impl Models {
     /// Opens the models of a data folder and loads the live one. If that fails, the device goes
     /// on without a model, and the cloud may offer the same one again; older ones stay refused.
     /// The slot still awaits [`Event::Boot`].
+    ///
+    /// # Errors
+    /// If the disk fails.
     pub fn open(
         data: &Path,
-        state: Arc<State>,
+        state: &State,
         device: Device,
         engine: EngineChoice,
     ) -> Result<(Self, Option<Runner>), ModelsError> {
-        let packages = Packages::open(&data.join("models"))?;
+        let old = state.old_slot()?;
+        let opened = Self::on(Arc::new(Files), data, device, Arc::new(engine), old)?;
+        if old.is_some() {
+            state.forget_old_slot()?;
+        }
+        Ok(opened)
+    }
+
+    /// As [`Models::open`], on any disk and with anything that loads models; `before` holds if
+    /// nothing was saved yet.
+    ///
+    /// # Errors
+    /// If the disk fails.
+    pub fn on(
+        disk: Arc<dyn Disk>,
+        data: &Path,
+        device: Device,
+        engine: Arc<dyn Assemble>,
+        before: Option<SlotRecord>,
+    ) -> Result<(Self, Option<Runner>), ModelsError> {
+        let packages = Packages::on(Arc::clone(&disk), &data.join(MODELS))?;
+        let files = Arc::clone(&disk);
+        let (mut file, found) = SlotFile::open(disk, &data.join(SLOT))?;
         let loader = Loader {
             packages,
             trust: device.trust.clone(),
             engine,
         };
-        let mut record = state.slot()?;
+        let mut stored = match (found, before) {
+            (Found::Stored(stored), _) => stored,
+            (Found::Nothing, None) => Stored::default(),
+            (Found::Nothing | Found::Damaged, Some(record)) => {
+                let stored = Stored {
+                    record,
+                    ..Stored::default()
+                };
+                file.save(&stored)?;
+                stored
+            }
+            (Found::Damaged, None) => {
+                tracing::error!(
+                    "the slot record is damaged; running without a model until one is offered"
+                );
+                // Whatever was live has a package here, so nothing older than the oldest is taken.
+                let oldest = loader.packages.oldest().unwrap_or(0);
+                let mut stored = Stored::default();
+                stored.record.floor = Floor {
+                    key: device.trust.release_id(),
+                    at: oldest.saturating_sub(1),
+                };
+                file.save(&stored)?;
+                stored
+            }
+        };
         let mut runner = None;
-        if let Some(live) = record.live {
+        if let Some(live) = stored.record.live {
             match loader.load(&live.digest) {
                 Ok((loaded, _)) => runner = Some(loaded),
                 Err(error) => {
                     tracing::error!(%error, model = %live.digest, "the live model does not load; running without a model until one is offered");
                     // Under the key that set it: the same release may come again, no older one.
-                    record.floor.at = record.floor.at.min(live.sequence.saturating_sub(1));
-                    record.live = None;
-                    state.save_slot(&record)?;
+                    let floor = &mut stored.record.floor;
+                    floor.at = floor.at.min(live.sequence.saturating_sub(1));
+                    stored.record.live = None;
+                    file.save(&stored)?;
                     if matches!(error, LoadError::Package(_)) {
                         loader.packages.remove(&live.digest)?;
                     }
                 }
             }
         }
-        let trust = Trust::open(data, device.trust.clone(), &state)?;
+        let trust = Trust::open(files, data, device.trust.clone(), stored.time);
         let models = Self {
-            slot: Slot::new(record),
-            state,
+            slot: Slot::new(stored.record),
+            file,
             device,
             trust,
             loader,
@@ -229,13 +331,14 @@ impl Models {
     ///
     /// # Errors
     /// The record could not be stored. Then the event has not happened; try it again later.
-    pub fn step(&mut self, event: Event) -> Result<Vec<Action>, StateError> {
+    pub fn step(&mut self, event: Event) -> Result<Vec<Action>, SlotFileError> {
         let before = self.slot.clone();
         let mut left = Vec::new();
         for action in self.slot.step(event) {
             match action {
                 Action::Persist(record) => {
-                    if let Err(error) = self.state.save_slot(&record) {
+                    let time = self.trust.time_floor();
+                    if let Err(error) = self.file.save(&Stored { record, time }) {
                         self.slot = before;
                         return Err(error);
                     }
@@ -264,6 +367,17 @@ impl Models {
         self.trust.update(signed)
     }
 
+    /// Takes the cloud's answer to what time it is, durably.
+    ///
+    /// # Errors
+    /// [`UpdateError`]; no time was learnt then.
+    pub fn answer_time(&mut self, signed: Signed<'_>, now: Moment) -> Result<(), UpdateError> {
+        let record = *self.slot.record();
+        let file = &mut self.file;
+        let keep = |time| file.save(&Stored { record, time });
+        self.trust.answer(&self.device.id, signed, now, keep)
+    }
+
     /// What the slot is told at every start and after every newer root.
     pub fn trusted(&self) -> Event {
         Event::Trusted {
@@ -280,7 +394,7 @@ impl Models {
         &mut self,
         message: &OfferMessage<'_>,
         now: Moment,
-    ) -> Result<Vec<Action>, StateError> {
+    ) -> Result<Vec<Action>, SlotFileError> {
         let digest = Digest::of(message.manifest.body);
         let record = self.slot.record();
         let known = record
@@ -327,24 +441,26 @@ impl Models {
             Ok(Accepted {
                 manifest,
                 issued_ms,
-            }) => match self
-                .trust
-                .heard(issued_ms)
-                .map(|()| self.loader.packages.admit(message.manifest))?
-            {
-                Ok(_) => Event::Offer {
-                    model: Held {
-                        digest,
-                        sequence: manifest.sequence,
+            }) => {
+                let record = *self.slot.record();
+                let file = &mut self.file;
+                self.trust
+                    .heard(issued_ms, |time| file.save(&Stored { record, time }))?;
+                match self.loader.packages.admit(message.manifest) {
+                    Ok(_) => Event::Offer {
+                        model: Held {
+                            digest,
+                            sequence: manifest.sequence,
+                        },
+                        bounds: manifest.trial,
+                        key: self.trust.root().release_id(),
                     },
-                    bounds: manifest.trial,
-                    key: self.trust.root().release_id(),
-                },
-                Err(error) => {
-                    tracing::error!(%error, model = %digest, "an offered model cannot be stored");
-                    refused(manifest.sequence, SlotError::Storage.code())
+                    Err(error) => {
+                        tracing::error!(%error, model = %digest, "an offered model cannot be stored");
+                        refused(manifest.sequence, SlotError::Storage.code())
+                    }
                 }
-            },
+            }
         };
         self.step(event)
     }

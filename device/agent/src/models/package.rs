@@ -2,24 +2,24 @@
 //! file for each part. What is loaded are the very bytes that were checked.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File, OpenOptions};
+use std::fs;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use flywheel_shared::MAX_CHUNK;
+use flywheel_delta::Way;
 use flywheel_shared::ids::Digest;
-use flywheel_shared::message::{Chunk, Fetch};
 use flywheel_shared::trust::{
     Manifest, Part, PartKind, Role, Signed, TrialBounds, TrustError, TrustRoot, Verified,
     check_part, verify,
 };
 use thiserror::Error;
 
+use super::disk::{self, Disk, Files};
+use super::fetching::{self, Fetching, Shortcut, Want};
 use crate::{files, wire};
 
-/// Chunks that are asked for at a time.
-const OUTSTANDING: u64 = 4;
+const MANIFEST: &str = "manifest.bin";
 
 /// Why a package is not usable.
 #[derive(Debug, Error)]
@@ -119,16 +119,25 @@ impl Package {
 /// The packages of a device.
 #[derive(Clone, Debug)]
 pub struct Packages {
+    disk: Arc<dyn Disk>,
     root: PathBuf,
 }
 
 impl Packages {
     /// Opens the folder of all packages, making it if it is not there.
     pub fn open(root: &Path) -> Result<Self, PackageError> {
-        fs::create_dir_all(root)
-            .and_then(|()| files::make_private(root))
+        let packages = Self::on(Arc::new(Files), root)?;
+        files::make_private(root).map_err(at(root))?;
+        Ok(packages)
+    }
+
+    /// As [`Packages::open`], on any disk.
+    pub fn on(disk: Arc<dyn Disk>, root: &Path) -> Result<Self, PackageError> {
+        disk.make_folder(root)
+            .and_then(|()| disk.sync_folder(root.parent().unwrap_or(Path::new(""))))
             .map_err(at(root))?;
         Ok(Self {
+            disk,
             root: root.to_owned(),
         })
     }
@@ -136,6 +145,7 @@ impl Packages {
     /// The packages in a folder that is not the agent's own: nothing there is made or changed.
     pub fn borrow(root: &Path) -> Self {
         Self {
+            disk: Arc::new(Files),
             root: root.to_owned(),
         }
     }
@@ -144,38 +154,99 @@ impl Packages {
         self.root.join(manifest.to_string())
     }
 
-    /// Makes room for a model whose offer was judged: its signed manifest is stored.
+    /// Makes room for a model whose offer was judged: its signed manifest is stored, durably, since
+    /// the slot record will name it.
     pub fn admit(&self, manifest: Signed<'_>) -> Result<Digest, PackageError> {
         let digest = Digest::of(manifest.body);
         let folder = self.folder(&digest);
-        let path = folder.join("manifest.bin");
-        fs::create_dir_all(&folder)
-            .and_then(|()| files::replace(&path, &wire::bytes(&manifest)))
+        let path = folder.join(MANIFEST);
+        self.disk
+            .make_folder(&folder)
+            .and_then(|()| disk::replace(&*self.disk, &path, &wire::bytes(&manifest)))
+            .and_then(|()| self.disk.sync_folder(&self.root))
             .map_err(at(&path))?;
         Ok(digest)
     }
 
-    /// Continues to fetch an admitted package from where it stopped.
+    /// Continues to fetch an admitted package from where it stopped. What another package here has
+    /// is taken from there, whole or as the base of a difference.
     pub fn fetch(&self, manifest: &Digest) -> Result<Fetching, PackageError> {
         let folder = self.folder(manifest);
-        let path = folder.join("manifest.bin");
-        let bytes = fs::read(&path).map_err(at(&path))?;
+        // A part that got its name before the agent died need not have it after a power cut.
+        self.disk
+            .sync_folder(&folder)
+            .and_then(|()| self.disk.sync_folder(&self.root))
+            .map_err(at(&folder))?;
+        let path = folder.join(MANIFEST);
+        let bytes = self.disk.read(&path).map_err(at(&path))?;
         let manifest = checked(manifest, &bytes).map_err(untrusted(&path))?;
-        let missing = manifest
-            .parts
-            .iter()
-            .filter(|part| !folder.join(file_name(part.kind)).exists())
-            .copied()
-            .rev()
-            .collect();
-        Fetching::start(folder, missing)
+        let mut missing = Vec::new();
+        for part in &manifest.parts {
+            let path = folder.join(file_name(part.kind));
+            let there = self.disk.len(&path).map_err(at(&path))?.is_some();
+            if !there && !self.copy(part, &folder)? {
+                missing.push(Want {
+                    part: *part,
+                    shortcut: self.shortcut(&manifest, part),
+                });
+            }
+        }
+        missing.reverse();
+        Fetching::start(Arc::clone(&self.disk), folder, missing)
+    }
+
+    /// Takes a part from a package that has the same; false if there is none.
+    fn copy(&self, part: &Part, folder: &Path) -> Result<bool, PackageError> {
+        let found = self.holding(part.kind, &part.digest);
+        let bytes = found.and_then(|path| self.disk.read(&path).ok());
+        match bytes.filter(|bytes| check_part(part, bytes).is_ok()) {
+            Some(bytes) => fetching::install(&*self.disk, folder, part.kind, &bytes).map(|()| true),
+            None => Ok(false),
+        }
+    }
+
+    /// A difference to a part that is here.
+    fn shortcut(&self, manifest: &Manifest<'_>, part: &Part) -> Option<Shortcut> {
+        manifest.deltas.iter().find_map(|delta| {
+            let shorter = delta.part == part.kind && delta.len < part.len;
+            let way = Way::from_code(delta.codec).filter(|_| shorter)?;
+            Some(Shortcut {
+                way,
+                digest: delta.digest,
+                len: delta.len,
+                base: self.holding(delta.part, &delta.base)?,
+                base_digest: delta.base,
+            })
+        })
+    }
+
+    /// The file of a part in any package that lists it.
+    fn holding(&self, kind: PartKind, digest: &Digest) -> Option<PathBuf> {
+        let folders = self.disk.list(&self.root).ok()?;
+        folders.into_iter().find_map(|folder| {
+            let lists = self.manifest_in(&folder, |manifest| {
+                manifest
+                    .part(kind)
+                    .is_some_and(|part| part.digest == *digest)
+            });
+            let path = folder.join(file_name(kind));
+            let there = matches!(self.disk.len(&path), Ok(Some(_)));
+            (lists? && there).then_some(path)
+        })
+    }
+
+    /// Looks at the manifest of a package, if the folder is one.
+    fn manifest_in<T>(&self, folder: &Path, look: impl FnOnce(&Manifest<'_>) -> T) -> Option<T> {
+        let digest = folder.file_name()?.to_str()?.parse().ok()?;
+        let bytes = self.disk.read(&folder.join(MANIFEST)).ok()?;
+        Some(look(&checked(&digest, &bytes).ok()?))
     }
 
     /// Whether the manifest of a package is signed by the release key that is believed now. Packages
     /// that the agent admitted itself were judged then, and are named by their digest since.
     pub fn signed(&self, trust: &TrustRoot, digest: &Digest) -> Result<(), PackageError> {
-        let path = self.folder(digest).join("manifest.bin");
-        let bytes = fs::read(&path).map_err(at(&path))?;
+        let path = self.folder(digest).join(MANIFEST);
+        let bytes = self.disk.read(&path).map_err(at(&path))?;
         let signed = postcard::from_bytes(&bytes).map_err(|_| TrustError::Malformed);
         signed
             .and_then(|signed| verify::<Manifest<'_>>(Role::Release, &trust.release, signed))
@@ -183,16 +254,23 @@ impl Packages {
             .map_err(untrusted(&path))
     }
 
-    /// Reads a complete package and checks every digest, beginning with the manifest's own.
+    /// Reads a complete package and checks every digest, beginning with the manifest's own. The
+    /// bytes that are returned are those that were hashed; nothing that the manifest does not list
+    /// is read.
     pub fn read(&self, digest: &Digest) -> Result<Package, PackageError> {
         let folder = self.folder(digest);
-        let path = folder.join("manifest.bin");
-        let bytes = fs::read(&path).map_err(at(&path))?;
+        let path = folder.join(MANIFEST);
+        let bytes = self.disk.read(&path).map_err(at(&path))?;
         let manifest = checked(digest, &bytes).map_err(untrusted(&path))?;
         let mut parts = BTreeMap::new();
         for part in &manifest.parts {
             let path = folder.join(file_name(part.kind));
-            let bytes = fs::read(&path).map_err(at(&path))?;
+            // Before it is read, so that no file takes more memory than was signed.
+            let len = self.disk.len(&path).map_err(at(&path))?;
+            if len.is_some_and(|len| len > u64::from(part.len)) {
+                return Err(untrusted(&path)(TrustError::TooLong));
+            }
+            let bytes = self.disk.read(&path).map_err(at(&path))?;
             check_part(part, &bytes).map_err(untrusted(&path))?;
             parts.insert(part.kind, bytes);
         }
@@ -204,179 +282,30 @@ impl Packages {
         })
     }
 
+    /// The smallest sequence of the packages that are here, whole or not; `None` without any.
+    pub fn oldest(&self) -> Option<u64> {
+        let folders = self.disk.list(&self.root).ok()?;
+        folders
+            .into_iter()
+            .filter_map(|folder| self.manifest_in(&folder, |manifest| manifest.sequence))
+            .min()
+    }
+
     /// Deletes a package.
     pub fn remove(&self, manifest: &Digest) -> Result<(), PackageError> {
         let folder = self.folder(manifest);
-        match fs::remove_dir_all(&folder) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(at(&folder)(source)),
-            _ => Ok(()),
-        }
+        disk::remove_all(&*self.disk, &folder).map_err(at(&folder))
     }
 
     /// Deletes every package but those.
     pub fn keep_only(&self, wanted: &[Digest]) -> Result<(), PackageError> {
-        let names: Vec<String> = wanted.iter().map(Digest::to_string).collect();
-        for entry in fs::read_dir(&self.root).map_err(at(&self.root))? {
-            let entry = entry.map_err(at(&self.root))?;
-            let kept = entry
-                .file_name()
-                .to_str()
-                .is_some_and(|name| names.iter().any(|wanted| wanted == name));
-            if !kept {
-                let path = entry.path();
-                fs::remove_dir_all(&path).map_err(at(&path))?;
+        let wanted: Vec<PathBuf> = wanted.iter().map(|digest| self.folder(digest)).collect();
+        for path in self.disk.list(&self.root).map_err(at(&self.root))? {
+            if !wanted.contains(&path) {
+                disk::remove_all(&*self.disk, &path).map_err(at(&path))?;
             }
         }
         Ok(())
-    }
-}
-
-/// A package on its way.
-#[derive(Debug)]
-pub struct Fetching {
-    folder: PathBuf,
-    /// Parts that are not complete, the next one last.
-    missing: Vec<Part>,
-    /// Bytes of the current part on disk.
-    have: u64,
-    /// Bytes of the current part that were asked for.
-    asked: u64,
-    /// Whether the current part was fetched from the start because its digest was wrong.
-    again: bool,
-}
-
-impl Fetching {
-    fn start(folder: PathBuf, missing: Vec<Part>) -> Result<Self, PackageError> {
-        let mut fetching = Self {
-            folder,
-            missing,
-            have: 0,
-            asked: 0,
-            again: false,
-        };
-        fetching.resume()?;
-        Ok(fetching)
-    }
-
-    /// Whether every part is there and checked.
-    pub fn is_complete(&self) -> bool {
-        self.missing.is_empty()
-    }
-
-    /// Forgets what was asked for: the connection broke, or answers are missing.
-    pub fn ask_again(&mut self) {
-        self.asked = self.have;
-    }
-
-    /// The chunks to ask for now.
-    pub fn requests(&mut self) -> Vec<Fetch> {
-        let mut requests = Vec::new();
-        if let Some(part) = self.missing.last() {
-            let chunk = MAX_CHUNK as u64;
-            let len = u64::from(part.len);
-            while self.asked < len && self.asked < self.have + OUTSTANDING * chunk {
-                let piece = chunk.min(len - self.asked);
-                requests.push(Fetch {
-                    digest: part.digest,
-                    offset: self.asked,
-                    len: piece as u32,
-                });
-                self.asked += piece;
-            }
-        }
-        requests
-    }
-
-    /// Takes a chunk. One that is not the next is ignored. Returns whether it was taken.
-    ///
-    /// # Errors
-    /// If the disk fails, or if a complete part twice has the wrong digest.
-    pub fn chunk(&mut self, chunk: &Chunk<'_>) -> Result<bool, PackageError> {
-        let Some(part) = self.missing.last().copied() else {
-            return Ok(false);
-        };
-        let end = self.have + chunk.bytes.len() as u64;
-        let next = chunk.digest == part.digest
-            && chunk.offset == self.have
-            && !chunk.bytes.is_empty()
-            && end <= u64::from(part.len);
-        if !next {
-            return Ok(false);
-        }
-        let path = self.partial(&part);
-        let file = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&path)
-            .map_err(at(&path))?;
-        file.write_all_at(chunk.bytes, self.have)
-            .map_err(at(&path))?;
-        self.have = end;
-        self.asked = self.asked.max(end);
-        if self.have == u64::from(part.len) {
-            self.finish(&part)?;
-        }
-        Ok(true)
-    }
-
-    fn partial(&self, part: &Part) -> PathBuf {
-        self.folder
-            .join(format!("{}.partial", file_name(part.kind)))
-    }
-
-    /// Sets the position in the current part by what is on disk, and finishes parts whose bytes
-    /// are all there.
-    fn resume(&mut self) -> Result<(), PackageError> {
-        while let Some(part) = self.missing.last().copied() {
-            let path = self.partial(&part);
-            self.have = fs::metadata(&path).map_or(0, |meta| meta.len());
-            if self.have > u64::from(part.len) {
-                fs::remove_file(&path).map_err(at(&path))?;
-                self.have = 0;
-            }
-            self.asked = self.have;
-            if self.have < u64::from(part.len) {
-                return Ok(());
-            }
-            if self.have == 0 {
-                File::create(&path).map_err(at(&path))?;
-            }
-            let left = self.missing.len();
-            self.finish(&part)?;
-            if self.missing.len() == left {
-                return Ok(());
-            }
-        }
-        Ok(())
-    }
-
-    /// Checks a part whose bytes are all there. A wrong digest starts it over once, since a
-    /// power cut may have left rubbish in the file.
-    fn finish(&mut self, part: &Part) -> Result<(), PackageError> {
-        let path = self.partial(part);
-        let bytes = fs::read(&path).map_err(at(&path))?;
-        if let Err(error) = check_part(part, &bytes) {
-            fs::remove_file(&path).map_err(at(&path))?;
-            self.have = 0;
-            self.asked = 0;
-            if self.again {
-                return Err(untrusted(&path)(error));
-            }
-            self.again = true;
-            return Ok(());
-        }
-        let whole = self.folder.join(file_name(part.kind));
-        File::open(&path)
-            .and_then(|file| file.sync_all())
-            .and_then(|()| fs::rename(&path, &whole))
-            .and_then(|()| File::open(&self.folder)?.sync_all())
-            .map_err(at(&whole))?;
-        self.missing.pop();
-        self.again = false;
-        self.have = 0;
-        self.asked = 0;
-        self.resume()
     }
 }
 
@@ -394,7 +323,7 @@ const PART_KINDS: [PartKind; 5] = [
     PartKind::Golden,
 ];
 
-fn file_name(kind: PartKind) -> &'static str {
+pub(super) fn file_name(kind: PartKind) -> &'static str {
     match kind {
         PartKind::Onnx => "model.onnx",
         PartKind::BurnRecord => "model.bpk",
@@ -404,14 +333,14 @@ fn file_name(kind: PartKind) -> &'static str {
     }
 }
 
-fn at(path: &Path) -> impl Fn(io::Error) -> PackageError {
+pub(super) fn at(path: &Path) -> impl Fn(io::Error) -> PackageError {
     move |source| PackageError::Io {
         path: path.to_owned(),
         source,
     }
 }
 
-fn untrusted(path: &Path) -> impl Fn(TrustError) -> PackageError {
+pub(super) fn untrusted(path: &Path) -> impl Fn(TrustError) -> PackageError {
     move |source| PackageError::Trust {
         path: path.to_owned(),
         source,

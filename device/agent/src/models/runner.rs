@@ -14,6 +14,8 @@ use flywheel_shared::ids::Digest;
 use flywheel_shared::message::Scores;
 use flywheel_shared::spec::{AnomalyOutput, Golden, Task};
 use flywheel_shared::trust::PartKind;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use thiserror::Error;
 
 use super::package::Package;
@@ -40,6 +42,9 @@ pub enum RunnerError {
         /// Why.
         source: EngineError,
     },
+    /// The engine panicked, which is a bug in it that this model or frame brings out.
+    #[error("model {0}: the engine crashed on it")]
+    Panicked(Digest),
     /// The frame does not fit.
     #[error("frame: {0}")]
     Input(#[from] InputError),
@@ -118,7 +123,7 @@ impl Runner {
             record: package.part(PartKind::BurnRecord),
             spec: &spec,
         };
-        let plan = load(kind, &bytes).map_err(|source| RunnerError::Engine { model, source })?;
+        let plan = contained(model, || load(kind, &bytes))?;
         let scores = package.part(PartKind::Scores);
         Self::assemble(model, package.sequence, &spec, plan, scores)
     }
@@ -277,16 +282,13 @@ impl Runner {
         // Straight into the engine's tensor.
         preprocess(frame, &self.spec, self.plan.input_mut())?;
         meter.end(Stage::Preprocess);
-        self.plan
-            .run_in_place(&mut Output {
+        contained(self.digest, || {
+            self.plan.run_in_place(&mut Output {
                 logits: &mut self.logits,
                 heads: &mut self.heads,
                 embedding: &mut self.embedding,
             })
-            .map_err(|source| RunnerError::Engine {
-                model: self.digest,
-                source,
-            })?;
+        })?;
         meter.end(Stage::Infer);
         Ok(())
     }
@@ -377,5 +379,17 @@ impl Runner {
             }
         }
         Ok(())
+    }
+}
+
+/// Lets an engine work without taking the frame loop with it if it panics. Nothing but the engine's
+/// own plan is left half done then, and every run writes its buffers anew.
+fn contained<T>(
+    model: Digest,
+    work: impl FnOnce() -> Result<T, EngineError>,
+) -> Result<T, RunnerError> {
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(result) => result.map_err(|source| RunnerError::Engine { model, source }),
+        Err(_) => Err(RunnerError::Panicked(model)),
     }
 }

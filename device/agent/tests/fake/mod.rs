@@ -1,5 +1,7 @@
 //! A cloud in one file: it speaks QUIC, remembers what it is told, and acknowledges all of it.
 
+pub mod package;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex};
@@ -11,8 +13,8 @@ use flywheel_agent::{enroll, wire};
 use flywheel_shared::envelope;
 use flywheel_shared::ids::{DeviceId, Digest, SampleKey};
 use flywheel_shared::message::{
-    Ack, Chunk, Desired, Down, EpochBook, LossReason, OfferMessage, Record, SlotSeen, SlotState,
-    Up, Welcome, records,
+    Ack, Chunk, Desired, Down, EpochBook, Lane, LossReason, OfferMessage, Record, Refused,
+    RefusedCode, SlotSeen, SlotState, Up, Welcome, records,
 };
 use flywheel_shared::trust::{
     Keys, Offer, Role, Signed, SignedRoot, TimeStamp, TrustRoot, batch_digest, check, sign,
@@ -25,12 +27,13 @@ use rustls::server::WebPkiClientVerifier;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 
 /// Longest time that a test waits for something that must happen.
-const PATIENCE: Duration = Duration::from_secs(120);
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A record that arrived.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Arrived {
     pub loss: Option<LossReason>,
+    pub lane: Option<Lane>,
     pub frame: u64,
     pub model: [u8; 8],
 }
@@ -54,22 +57,64 @@ pub struct Release {
     pub parts: BTreeMap<Digest, Vec<u8>>,
 }
 
+/// An offer as it is sent, whatever is wrong with it: body and signature of the offer, then of the
+/// manifest.
+#[derive(Clone)]
+pub struct Crafted {
+    pub offer: (Vec<u8>, [u8; 64]),
+    pub manifest: (Vec<u8>, [u8; 64]),
+}
+
+/// How requests for bytes are answered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mirror {
+    #[default]
+    Honest,
+    /// One bit of every piece is flipped.
+    Flips,
+    /// With more bytes than there are.
+    Endless,
+    /// Not at all.
+    Silent,
+    /// That there is no such thing.
+    Missing,
+    /// Only the first so many bytes of all are sent.
+    Until(usize),
+}
+
 #[derive(Default)]
 pub struct Memory {
     pub records: BTreeMap<SampleKey, Arrived>,
     pub health: Option<Told>,
     pub reports: Vec<(SlotState, u16)>,
+    /// The same, by manifest.
+    pub answers: Vec<(Digest, SlotState, u16)>,
     pub run_until: u64,
     pub release: Option<Release>,
+    /// Sent instead of an honest offer of `release`.
+    pub crafted: Option<Crafted>,
+    pub mirror: Mirror,
+    /// Stored forms of trust roots, by version; sent to who has older ones.
+    pub roots: BTreeMap<u32, Vec<u8>>,
+    /// Nothing is answered.
+    pub mute: bool,
+    /// Messages that were not answered.
+    pub muted: usize,
+    pub attested: usize,
+    /// Bytes that were asked for, and parts.
     pub fetched: usize,
+    pub asked: Vec<Digest>,
 }
 
 pub struct Cloud {
     pub memory: Mutex<Memory>,
     changed: Condvar,
-    device: DeviceId,
+    pub device: DeviceId,
     device_key: SigningKey,
-    rollout: SigningKey,
+    pub root: SigningKey,
+    pub rollout: SigningKey,
+    /// The first trust root.
+    pub trust: TrustRoot,
     _runtime: tokio::runtime::Runtime,
 }
 
@@ -142,18 +187,16 @@ impl Cloud {
             .unwrap();
         let root = SigningKey::from_bytes(&[1; 32]);
         let rollout = SigningKey::from_bytes(&[3; 32]);
-        let trust = signed_root(
-            &TrustRoot {
-                version: 1,
-                issued_ms: 0,
-                expires_ms: u64::MAX,
-                root: Keys::one(root.verifying_key().to_bytes()),
-                release: release_key().verifying_key().to_bytes(),
-                rollout: rollout.verifying_key().to_bytes(),
-                min_sequence: 0,
-            },
-            &[&root],
-        );
+        let first = TrustRoot {
+            version: 1,
+            issued_ms: 0,
+            expires_ms: u64::MAX,
+            root: Keys::one(root.verifying_key().to_bytes()),
+            release: release_key().verifying_key().to_bytes(),
+            rollout: rollout.verifying_key().to_bytes(),
+            min_sequence: 0,
+        };
+        let trust = signed_root(&first, &[&root]);
         Identity::store(
             data,
             &NewIdentity {
@@ -176,7 +219,9 @@ impl Cloud {
             changed: Condvar::new(),
             device,
             device_key,
+            root,
             rollout,
+            trust: first,
             _runtime: runtime,
         });
         let serving = Arc::clone(&cloud);
@@ -237,6 +282,10 @@ impl Cloud {
 
     fn handle(&self, message: &Up<'_>) -> Vec<Vec<u8>> {
         let mut memory = self.memory.lock().unwrap();
+        if memory.mute {
+            memory.muted += 1;
+            return Vec::new();
+        }
         match message {
             Up::Hello(hello) => {
                 assert_eq!(hello.device, self.device);
@@ -262,11 +311,13 @@ impl Cloud {
                     let arrived = match record {
                         Record::Sample(sample) => Arrived {
                             loss: None,
+                            lane: Some(sample.lane),
                             frame: sample.frame,
                             model: sample.model,
                         },
                         Record::Loss(loss) => Arrived {
                             loss: Some(loss.reason),
+                            lane: None,
                             frame: 0,
                             model: [0; 8],
                         },
@@ -292,64 +343,100 @@ impl Cloud {
                     run_until: memory.run_until,
                     health_at_ms: health.at_ms,
                 }))];
-                if let Some(release) = &memory.release
+                if let Some(crafted) = &memory.crafted {
+                    answers.push(crafted.message());
+                } else if let Some(release) = &memory.release
                     && health.candidate.is_none()
                     && health.live != Some(Digest::of(&release.manifest))
                 {
-                    answers.push(self.offer(release));
+                    answers.push(self.craft(release, |_| {}).message());
                 }
                 answers
             }
             Up::Slot(report) => {
                 memory.reports.push((report.state, report.code));
+                let answer = (report.manifest, report.state, report.code);
+                memory.answers.push(answer);
                 vec![down(&Down::SlotSeen(SlotSeen {
                     manifest: report.manifest,
                     state: report.state,
                 }))]
             }
+            Up::Fetch(fetch) => {
+                memory.fetched += fetch.len as usize;
+                memory.asked.push(fetch.digest);
+                let part = &memory.release.as_ref().unwrap().parts[&fetch.digest];
+                let start = fetch.offset as usize;
+                let mut bytes = part[start..start + fetch.len as usize].to_vec();
+                match memory.mirror {
+                    Mirror::Honest => {}
+                    Mirror::Flips => bytes[0] ^= 1,
+                    Mirror::Endless => bytes = vec![7; part.len() - start + 1],
+                    Mirror::Until(most) if memory.fetched <= most => {}
+                    Mirror::Silent | Mirror::Until(_) => return Vec::new(),
+                    Mirror::Missing => {
+                        return vec![down(&Down::Refused(Refused {
+                            code: RefusedCode::NotFound,
+                            retry_after_ms: 0,
+                        }))];
+                    }
+                }
+                vec![down(&Down::Chunk(Chunk {
+                    digest: fetch.digest,
+                    offset: fetch.offset,
+                    bytes: &bytes,
+                }))]
+            }
             Up::Attest(attest) => {
+                memory.attested += 1;
                 let body = wire::bytes(&TimeStamp {
                     device: self.device.clone(),
                     nonce: attest.nonce,
                     now_ms: flywheel_agent::clock::unix_ms(),
                 });
                 let signature = sign(Role::Time, &self.rollout, &body);
-                vec![down(&Down::Time(Signed {
+                let newer = memory.roots.range(attest.root_version + 1..);
+                let mut answers: Vec<Vec<u8>> = newer
+                    .map(|(_, root)| down(&Down::Root(SignedRoot::from_bytes(root).unwrap())))
+                    .collect();
+                answers.push(down(&Down::Time(Signed {
                     body: &body,
                     signature: &signature,
-                }))]
-            }
-            Up::Fetch(fetch) => {
-                memory.fetched += fetch.len as usize;
-                let part = &memory.release.as_ref().unwrap().parts[&fetch.digest];
-                let start = fetch.offset as usize;
-                vec![down(&Down::Chunk(Chunk {
-                    digest: fetch.digest,
-                    offset: fetch.offset,
-                    bytes: &part[start..start + fetch.len as usize],
-                }))]
+                })));
+                answers
             }
         }
     }
 
-    fn offer(&self, release: &Release) -> Vec<u8> {
-        let body = wire::bytes(&Offer {
+    /// An honest offer of a release, but for what is changed in it.
+    pub fn craft(&self, release: &Release, change: impl FnOnce(&mut Offer)) -> Crafted {
+        let mut offer = Offer {
             device: self.device.clone(),
             manifest: Digest::of(&release.manifest),
             sequence: release.sequence,
             issued_ms: 0,
             expires_ms: u64::MAX,
             nonce: 1,
-        });
-        let signature = sign(Role::Rollout, &self.rollout, &body);
+        };
+        change(&mut offer);
+        let body = wire::bytes(&offer);
+        Crafted {
+            offer: (body.clone(), sign(Role::Rollout, &self.rollout, &body)),
+            manifest: (release.manifest.clone(), release.signature),
+        }
+    }
+}
+
+impl Crafted {
+    fn message(&self) -> Vec<u8> {
         down(&Down::Offer(OfferMessage {
             offer: Signed {
-                body: &body,
-                signature: &signature,
+                body: &self.offer.0,
+                signature: &self.offer.1,
             },
             manifest: Signed {
-                body: &release.manifest,
-                signature: &release.signature,
+                body: &self.manifest.0,
+                signature: &self.manifest.1,
             },
         }))
     }

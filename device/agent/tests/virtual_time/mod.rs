@@ -163,6 +163,8 @@ pub struct Cost {
     pub stall_us: u64,
     /// The run that fails, if one does.
     pub fails_at: Option<u64>,
+    /// The run in which the engine panics, if there is one.
+    pub panics_at: Option<u64>,
 }
 
 /// A network that takes virtual time only.
@@ -202,6 +204,7 @@ impl Plan for Net {
         World::add(&self.world.now_us, us);
         World::add(&self.world.cpu_us, us);
         World::add(&self.world.looked[self.sequence as usize % 16], 1);
+        assert_ne!(self.cost.panics_at, Some(self.runs), "as told");
         if self.cost.fails_at == Some(self.runs) {
             return Err(EngineError::Run {
                 engine: "fake",
@@ -365,8 +368,7 @@ impl Device {
             hardware: "any".to_owned(),
             trust: TrustRoot::default(),
         };
-        let (mut models, live) =
-            Models::open(data.path(), Arc::clone(&state), who, config.engine).unwrap();
+        let (mut models, live) = Models::open(data.path(), &state, who, config.engine).unwrap();
         assert!(live.is_none());
         models.step(Event::Boot).unwrap();
         let shared = Arc::new(Shared::new(state, spool, models, Status::default(), 0));

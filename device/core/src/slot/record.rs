@@ -35,6 +35,8 @@ pub enum SlotError {
     Superseded = 106,
     /// The device could not store the model.
     Storage = 107,
+    /// The engine crashed on the model.
+    Crash = 108,
 }
 
 impl SlotError {
@@ -55,6 +57,7 @@ impl fmt::Display for SlotError {
             Self::CrashLoop => "the device restarted too often during the trial",
             Self::Superseded => "a newer model was offered before this one was complete",
             Self::Storage => "the device could not store the model",
+            Self::Crash => "the engine crashed on the model",
         })
     }
 }
@@ -114,7 +117,7 @@ pub struct Reason(pub u16);
 
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const SLOT: [SlotError; 8] = [
+        const SLOT: [SlotError; 9] = [
             SlotError::Golden,
             SlotError::Load,
             SlotError::Engine,
@@ -123,6 +126,7 @@ impl fmt::Display for Reason {
             SlotError::CrashLoop,
             SlotError::Superseded,
             SlotError::Storage,
+            SlotError::Crash,
         ];
         if self.0 == 0 {
             return Ok(());
