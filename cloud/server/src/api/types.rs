@@ -102,6 +102,8 @@ pub struct DeviceView {
     pub bytes_up: u64,
     /// Frames that it could not read.
     pub skipped: u64,
+    /// Frames that it gave up because inference was behind; absent if its agent does not say.
+    pub dropped: Option<u64>,
     /// Whether it waits for new frames to be allowed and has nothing left to upload.
     pub idle: bool,
     /// Its boot epoch.
