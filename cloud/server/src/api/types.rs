@@ -359,7 +359,9 @@ pub struct ModelView {
     pub champion: bool,
     /// When it was made, Unix milliseconds.
     pub created_ms: u64,
-    /// Dataset that it was trained on.
+    /// Its name, if it was made elsewhere.
+    pub name: Option<String>,
+    /// Dataset that it was trained on; empty for one that was made elsewhere.
     pub dataset: String,
     /// Model that it was trained from.
     pub parent: Option<String>,
@@ -405,6 +407,49 @@ pub struct GateView {
     pub champion: Option<String>,
     /// The reasons, in words.
     pub reasons: Vec<String>,
+}
+
+/// A stored blob.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct BlobView {
+    /// SHA-256 of its bytes.
+    pub digest: String,
+}
+
+/// Registers a model that was made elsewhere, whose parts are stored blobs.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct AddRequest {
+    /// Its name, for people: 1 to 64 characters.
+    pub name: String,
+    /// Its parts, each kind at most once.
+    pub parts: Vec<PartRef>,
+}
+
+/// A part of a model.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PartRef {
+    /// What it is.
+    pub kind: PartName,
+    /// SHA-256 of its bytes.
+    pub digest: String,
+}
+
+/// A kind of part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum PartName {
+    /// ONNX file.
+    Onnx,
+    /// burn record.
+    Record,
+    /// What the model takes and gives.
+    Spec,
+    /// Score parameters.
+    Scores,
+    /// Golden inputs and answers.
+    Golden,
 }
 
 /// The bytes that the release key must sign to promote a model.

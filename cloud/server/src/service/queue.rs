@@ -248,7 +248,7 @@ impl Labelling {
     pub fn stats(&self, registry: &Registry, catalog: &Catalog) -> Result<QueueStats, Fault> {
         self.follow()?;
         let mut classes = registry
-            .champion()?
+            .classifier()?
             .map(|champion| champion.classes)
             .unwrap_or_default();
         let imported: BTreeSet<String> = catalog
@@ -366,7 +366,7 @@ impl Labelling {
     }
 
     fn rank_if_stale(&self, registry: &Registry, catalog: &Catalog) -> Result<(), Fault> {
-        let champion = registry.champion()?;
+        let champion = registry.classifier()?;
         let mut scored = lock(&self.scored);
         let pending: Vec<(ItemId, SampleMeta)> = {
             let state = lock(&self.state);

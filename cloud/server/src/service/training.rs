@@ -112,9 +112,10 @@ impl Stations<'_> {
             None
         } else {
             // A champion whose classes are not the first ones of the dataset can't be grown.
-            self.registry
-                .champion()?
-                .filter(|champion| dataset.classes.starts_with(&champion.classes))
+            // Nor can one that was made elsewhere.
+            self.registry.champion()?.filter(|champion| {
+                champion.origin.is_none() && dataset.classes.starts_with(&champion.classes)
+            })
         };
         let (net, input) = match &champion {
             Some(champion) => (
@@ -201,9 +202,10 @@ impl Stations<'_> {
             report: None,
             gate: None,
             release: None,
+            origin: None,
         };
         let labels = model.labels();
-        let mut inference = Inference::from_onnx(&trained.onnx, &model, &labels)?;
+        let mut inference = Inference::from_onnx(&trained.onnx, &model)?;
         let scores = self.fit_scores(&mut inference, &model, &train, validation)?;
         let golden = golden_inputs(&mut inference, &train, &model)?;
         let spec = encode(&model.spec(&labels))?;
@@ -222,15 +224,7 @@ impl Stations<'_> {
             });
         }
         model.id = ModelRecord::id_of(&model.parts);
-        // The same model again keeps what is known about it.
-        match self.registry.find(&model.id) {
-            Ok(known) => Ok(known),
-            Err(Fault::NotFound(_)) => {
-                self.registry.save(&model)?;
-                Ok(model)
-            }
-            Err(fault) => Err(fault),
-        }
+        self.registry.keep(model)
     }
 
     /// Score parameters: class statistics from what was trained on, temperature and conformal
