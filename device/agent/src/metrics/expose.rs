@@ -226,19 +226,16 @@ fn machine(out: &mut String) {
         "Processor time of the agent.",
     );
     sample(out, "process_cpu_seconds_total", &[], cpu_us() as f64 / 1e6);
-    let temperatures = temperatures();
-    if !temperatures.is_empty() {
-        let name = "flywheel_temperature_celsius";
-        head(
-            out,
-            name,
-            "gauge",
-            "Temperature by thermal zone of the board.",
-        );
-        for sensor in temperatures {
-            let labels = [("zone", sensor.zone.as_str()), ("type", &sensor.kind)];
-            sample(out, name, &labels, sensor.celsius);
-        }
+    let name = "flywheel_temperature_celsius";
+    head(
+        out,
+        name,
+        "gauge",
+        "Temperature by thermal zone of the board; absent where it tells none.",
+    );
+    for sensor in temperatures() {
+        let labels = [("zone", sensor.zone.as_str()), ("type", &sensor.kind)];
+        sample(out, name, &labels, sensor.celsius);
     }
 }
 
