@@ -283,6 +283,8 @@ fn publish(
     wait_until("the device says that it runs the model", || {
         Ok(cloud.json(&["device", "show", "cam1"])?["model"] == model.as_str())
     })?;
+    // It takes each frame as it comes, so that it gives up none, and says so.
+    assert_eq!(cloud.json(&["device", "show", "cam1"])?["dropped"], 0);
     // Samples that the model has scored arrive, and the queue ranks them with it.
     wait_until("there is something to label", || {
         Ok(cloud.json(&["queue", "stats"])?["pending"].as_u64() >= Some(3))
@@ -328,6 +330,16 @@ fn a_model_that_others_made_reaches_a_device() -> Result<()> {
         Some("a network that nobody trained"),
     )?;
     assert_eq!(judged["report"]["items"], 60);
+
+    // A request that is sent twice, as after a lost answer, is one job.
+    let client = flywheel::client::Client::from_data(Path::new(&cloud.data()), None)?;
+    let mut request = serde_json::json!({"model": "champion", "rare": [], "key": "once"});
+    let first: serde_json::Value = client.post("/v1/eval", &request)?;
+    let again: serde_json::Value = client.post("/v1/eval", &request)?;
+    assert_eq!(first["id"], again["id"]);
+    request["rare"] = serde_json::json!(["deer"]);
+    let other = client.post::<_, serde_json::Value>("/v1/eval", &request);
+    assert!(other.unwrap_err().to_string().contains("\"once\""));
 
     // What devices would refuse is refused here: a package whose golden answers are others'.
     let mut package = Package::read(Path::new(&cloud.path("package")))?;

@@ -300,7 +300,7 @@ pub struct DatasetDiff {
 }
 
 /// Trains a candidate.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TrainRequest {
     /// Dataset id, or an unambiguous beginning of it.
@@ -313,16 +313,22 @@ pub struct TrainRequest {
     pub scratch: Option<bool>,
     /// Fit the classifier alone, on the champion's features: seconds, and a small update.
     pub head: Option<bool>,
+    /// Chosen by the client, at most 64 characters: a request that is sent again with the key of one
+    /// that arrived starts nothing, and gets that one's job.
+    pub key: Option<String>,
 }
 
 /// Judges a model on the golden set, through the device's engine.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct EvalRequest {
     /// Model id, or an unambiguous beginning of it.
     pub model: String,
     /// Classes whose mean recall is reported as `rare_recall`.
     pub rare: Option<Vec<String>>,
+    /// Chosen by the client, at most 64 characters: a request that is sent again with the key of one
+    /// that arrived starts nothing, and gets that one's job.
+    pub key: Option<String>,
 }
 
 /// A long piece of work on the server.

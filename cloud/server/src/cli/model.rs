@@ -16,7 +16,7 @@ use crate::api::types::{
     AddRequest, BlobView, EvalRequest, JobView, ManifestView, ModelView, PartName, PartRef,
     PromoteRequest, TrainRequest,
 };
-use crate::client::Client;
+use crate::client::{Client, fresh_key};
 use crate::keys;
 
 /// Arguments of `flywheel train`.
@@ -123,6 +123,7 @@ pub fn train(args: &TrainArgs, connection: &Connection) -> Result<ExitCode> {
             steps: args.steps,
             scratch: Some(args.scratch),
             head: Some(args.head),
+            key: Some(fresh_key()?),
         },
     )?;
     let job = follow(&client, &job.id, &bar("train")?)?;
@@ -140,6 +141,7 @@ pub fn eval(args: &EvalArgs, connection: &Connection) -> Result<ExitCode> {
         &EvalRequest {
             model: args.model.clone(),
             rare: Some(args.rare.clone()),
+            key: Some(fresh_key()?),
         },
     )?;
     let job = follow(&client, &job.id, &bar("eval")?)?;

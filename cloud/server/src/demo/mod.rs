@@ -28,7 +28,7 @@ use crate::api::types::{
 };
 use crate::cli::fleet::{audit_line, tally};
 use crate::cli::{EXIT_NEGATIVE, data::percent_encode, format, model as model_cli};
-use crate::client::{ADDRESS_FILE, Client, ClientError, TOKEN_FILE};
+use crate::client::{ADDRESS_FILE, Client, ClientError, TOKEN_FILE, fresh_key};
 use crate::keys;
 use chaos::Chaos;
 use labeller::Labeller;
@@ -526,6 +526,7 @@ impl Demo {
                 steps: self.args.steps,
                 scratch: Some(scratch),
                 head: Some(self.args.refit_from.is_some_and(|from| number >= from)),
+                key: Some(fresh_key()?),
             },
         )?;
         let candidate = self.finish(&job, "train")?;
@@ -537,6 +538,7 @@ impl Demo {
             &EvalRequest {
                 model: candidate,
                 rare: Some(self.world.rare.clone()),
+                key: Some(fresh_key()?),
             },
         )?;
         let candidate = self.finish(&job, "evaluate")?;
