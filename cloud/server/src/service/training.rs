@@ -88,14 +88,8 @@ impl Stations<'_> {
         let mut validation = Vec::new();
         let mut pseudo = Vec::new();
         for item in &dataset.items {
-            let picture = match self.picture(&item.digest) {
-                // Small before the next one is read: photographs at full size fill any memory.
-                Ok(picture) => picture.at_most(2 * MAX_INPUT)?,
-                Err(Fault::Damaged(why)) => {
-                    tracing::warn!(%why, "left out of training");
-                    continue;
-                }
-                Err(fault) => return Err(fault),
+            let Some(picture) = self.small(&item.digest)? else {
+                continue;
             };
             let labelled = Labelled {
                 picture,
@@ -238,13 +232,13 @@ impl Stations<'_> {
     ) -> Result<Vec<u8>, Fault> {
         let mut held_out = validation;
         for import in self.catalog.imports(Split::Calibration)? {
-            if let Some(class) = model
-                .classes
-                .iter()
-                .position(|class| *class == import.class)
-            {
+            let mut classes = model.classes.iter();
+            let Some(class) = classes.position(|class| *class == import.class) else {
+                continue;
+            };
+            if let Some(picture) = self.small(&import.digest)? {
                 held_out.push(Labelled {
-                    picture: self.picture(&import.digest)?,
+                    picture,
                     class: class as u32,
                     from_device: false,
                 });
@@ -271,6 +265,19 @@ impl Stations<'_> {
             shrinkage: None,
         })
         .map_err(|error| Fault::Internal(format!("fitting the scores: {error}")))
+    }
+
+    /// A picture as small as training can do with, before the next one is read: photographs at full
+    /// size fill any memory. `None`, with a warning, for a damaged one.
+    fn small(&self, digest: &Digest) -> Result<Option<Picture>, Fault> {
+        match self.picture(digest) {
+            Ok(picture) => Ok(Some(picture.at_most(2 * MAX_INPUT)?)),
+            Err(Fault::Damaged(why)) => {
+                tracing::warn!(%why, "left out of training");
+                Ok(None)
+            }
+            Err(fault) => Err(fault),
+        }
     }
 
     /// A picture of a dataset, wherever it came from.
