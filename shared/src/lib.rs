@@ -18,9 +18,13 @@ pub mod trust;
 
 mod canonical;
 
-/// Version of the wire protocol. A peer with another major version is refused with
+/// Version of the wire protocol that a device opens with; another one is refused with
 /// [`message::RefusedCode::WireVersion`].
 pub const WIRE_VERSION: u16 = 1;
+
+/// Newest addition to it, which [`message::Welcome`] says: a device sends nothing newer than what
+/// its cloud knows. 2: [`message::HealthTail`].
+pub const WIRE_LATEST: u16 = 2;
 
 /// Upper bound of one message in bytes, envelope included, on every transport.
 pub const MAX_MESSAGE: usize = 1024 * 1024;

@@ -30,7 +30,8 @@ pub enum Up<'a> {
     /// 1: flagged samples and loss records.
     #[serde(borrow)]
     Batch(Batch<'a>),
-    /// 2: inventory, books and counters, sent at intervals and after every change of state.
+    /// 2: inventory, books and counters, sent at intervals and after every change of state. A
+    /// [`HealthTail`] may follow in the same message.
     #[serde(borrow)]
     Health(Health<'a>),
     /// 3: what became of an offered model; repeated until acknowledged by [`Down::SlotSeen`].
@@ -85,7 +86,7 @@ pub struct Hello {
 /// Answers [`Hello`].
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Welcome {
-    /// [`crate::WIRE_VERSION`] of the cloud.
+    /// [`crate::WIRE_LATEST`] of the cloud; [`crate::WIRE_VERSION`] of one that knows no more.
     pub wire_version: u16,
     /// The cloud's clock, Unix milliseconds.
     pub now_ms: u64,
@@ -351,6 +352,28 @@ pub struct Health<'a> {
     pub candidate: Option<Digest>,
     /// One book for each epoch that is not closed and acknowledged.
     pub books: Vec<EpochBook, MAX_BOOKS>,
+}
+
+/// What was added to [`Health`] later, in the order in which it came: these bytes follow it in the
+/// same message. A sender leaves the tail out for a cloud that [welcomed](Welcome) it with a version
+/// below 2, a reader takes the fields that it knows and leaves the rest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HealthTail {
+    /// Version 2: frames given up because inference was behind, since the device was enrolled.
+    pub dropped: u64,
+}
+
+impl HealthTail {
+    /// Reads what follows a [`Health`]; `None` if nothing does.
+    ///
+    /// # Errors
+    /// If the bytes end within a field.
+    pub fn read(bytes: &[u8]) -> Result<Option<Self>, postcard::Error> {
+        if bytes.is_empty() {
+            return Ok(None);
+        }
+        postcard::take_from_bytes(bytes).map(|(tail, _newer)| Some(tail))
+    }
 }
 
 /// The conservation law of one boot epoch: `flagged = acked + lost + spooled`, where lost numbers

@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use device_engine::package::Package;
 use flywheel_agent::source::{self, FrameBuf, Read};
 use flywheel_tests::{Background, Flywheel, wait_until};
 
@@ -227,6 +228,157 @@ fn every_station_works_by_hand() -> Result<()> {
     wait_until("the revoked device is cut off", || {
         Ok(cloud.json(&["device", "show", "cam1"])?["transport"].is_null())
     })?;
+    Ok(())
+}
+
+/// Imports an ONNX file, hands it in, judges it, and rolls it out to a device that runs it.
+/// Without a `reason` the gate must let it through.
+fn publish(
+    cloud: &Cloud,
+    onnx: &str,
+    flags: &[&str],
+    source: &str,
+    reason: Option<&str>,
+) -> Result<serde_json::Value> {
+    let package = cloud.path("package");
+    let import = [
+        &[
+            "model", "import", onnx, "--out", &package, "--name", "theirs",
+        ],
+        flags,
+    ]
+    .concat();
+    cloud.flywheel.succeed(&import)?;
+    let added = cloud.json(&["model", "add", &package])?;
+    let model = added["id"].as_str().context("no model id")?.to_owned();
+    assert_eq!(added["name"], "theirs");
+    // The same again is the same model.
+    assert_eq!(cloud.json(&["model", "add", &package])?["id"], added["id"]);
+    assert!(cloud.run(&["model", "ls"])?.contains("theirs"));
+
+    let keys = cloud.path("keys");
+    let promote = ["model", "promote", model.as_str(), "--keys", &keys];
+    let refused = cloud.fail(1, &promote)?;
+    assert!(refused.contains("flywheel eval"), "{refused}");
+    // The gate may say no, which is an exit code.
+    let data = cloud.data();
+    let judge = ["eval", model.as_str(), "--json", "--data", &data];
+    let judged = cloud.flywheel.run(&judge)?;
+    let judged: serde_json::Value = serde_json::from_slice(&judged.stdout)?;
+    match reason {
+        Some(reason) => cloud.run(&[&promote[..], &["--force", reason]].concat())?,
+        None => cloud.run(&promote)?,
+    };
+
+    let device = Device::enroll(cloud, "cam1", "pace = \"max\"\nengine = \"auto\"")?;
+    let config = std::fs::read_to_string(&device.config)?;
+    std::fs::write(&device.config, config.replace("sim:roads?seed=3", source))?;
+    let _agent = device.start(cloud)?;
+    wait_until("the device is known", || {
+        Ok(cloud.json(&["device", "show", "cam1"])?["frame"].as_u64() > Some(0))
+    })?;
+    cloud.run(&["rollout", "start", &model, "--policy", "all"])?;
+    let watched = cloud.run(&["rollout", "watch"])?;
+    assert!(watched.contains("confirmed"), "{watched}");
+    wait_until("the device says that it runs the model", || {
+        Ok(cloud.json(&["device", "show", "cam1"])?["model"] == model.as_str())
+    })?;
+    // It takes each frame as it comes, so that it gives up none, and says so.
+    assert_eq!(cloud.json(&["device", "show", "cam1"])?["dropped"], 0);
+    // Samples that the model has scored arrive, and the queue ranks them with it.
+    wait_until("there is something to label", || {
+        Ok(cloud.json(&["queue", "stats"])?["pending"].as_u64() >= Some(3))
+    })?;
+    cloud.run(&["queue", "next", "--worker", "ann", "--count", "2"])?;
+    Ok(judged)
+}
+
+#[test]
+fn a_model_that_others_made_reaches_a_device() -> Result<()> {
+    let cloud = Cloud::start()?;
+    let classes = flywheel_models::sim::CLASSES;
+    let config = flywheel_models::NetConfig {
+        channels: 3,
+        width: 32,
+        height: 32,
+        classes: classes.len(),
+        embedding: 64,
+    };
+    let record = flywheel_models::Weights::init(&config, 1)?.to_record()?;
+    let onnx = flywheel_models::export::to_onnx(&config, &record)?;
+    std::fs::write(cloud.path("net.onnx"), onnx)?;
+    std::fs::write(cloud.path("labels.txt"), classes.join("\n"))?;
+    pictures(
+        "sim:roads?seed=2&mix=balanced",
+        60,
+        &cloud.dir.path().join("golden"),
+    )?;
+    let golden = cloud.path("golden");
+    cloud.run(&["dataset", "import", &golden, "--split", "golden"])?;
+    let judged = publish(
+        &cloud,
+        &cloud.path("net.onnx"),
+        &[
+            "--labels",
+            &cloud.path("labels.txt"),
+            "--mean",
+            "0.5",
+            "--std",
+            "0.25",
+        ],
+        "sim:roads?seed=3&size=48",
+        Some("a network that nobody trained"),
+    )?;
+    assert_eq!(judged["report"]["items"], 60);
+
+    // A request that is sent twice, as after a lost answer, is one job.
+    let client = flywheel::client::Client::from_data(Path::new(&cloud.data()), None)?;
+    let mut request = serde_json::json!({"model": "champion", "rare": [], "key": "once"});
+    let first: serde_json::Value = client.post("/v1/eval", &request)?;
+    let again: serde_json::Value = client.post("/v1/eval", &request)?;
+    assert_eq!(first["id"], again["id"]);
+    request["rare"] = serde_json::json!(["deer"]);
+    let other = client.post::<_, serde_json::Value>("/v1/eval", &request);
+    assert!(other.unwrap_err().to_string().contains("\"once\""));
+
+    // What devices would refuse is refused here: a package whose golden answers are others'.
+    let mut package = Package::read(Path::new(&cloud.path("package")))?;
+    package.golden[0].answer[0] += 100.0;
+    package.write(Path::new(&cloud.path("wrong")))?;
+    let refused = cloud.fail(1, &["model", "add", &cloud.path("wrong")])?;
+    assert!(refused.contains("golden input 0"), "{refused}");
+    let none = cloud.fail(1, &["model", "add", &cloud.path("golden")])?;
+    assert!(none.contains("model.toml"), "{none}");
+    Ok(())
+}
+
+#[test]
+fn a_published_digit_reader_is_judged_and_rolled_out() -> Result<()> {
+    let (Some(images), Some(model)) = (
+        flywheel_tests::data_dir("mnist_idx"),
+        flywheel_tests::data_dir("models/libonnx/mnist_8"),
+    ) else {
+        return Ok(());
+    };
+    let cloud = Cloud::start()?;
+    let source = format!("idx:{}", images.display());
+    pictures(&source, 200, &cloud.dir.path().join("golden"))?;
+    let golden = cloud.path("golden");
+    cloud.run(&["dataset", "import", &golden, "--split", "golden"])?;
+    let digits = (0..10).map(|digit| format!("{digit}\n"));
+    std::fs::write(cloud.path("labels.txt"), digits.collect::<String>())?;
+    let judged = publish(
+        &cloud,
+        &model.join("model.onnx").to_string_lossy(),
+        &["--labels", &cloud.path("labels.txt"), "--scale", "byte"],
+        &source,
+        None,
+    )?;
+    assert!(
+        judged["report"]["accuracy"].as_f64() > Some(0.95),
+        "{judged}"
+    );
+    assert_eq!(judged["gate"]["passed"], true);
     Ok(())
 }
 

@@ -75,6 +75,17 @@ impl ClientError {
     }
 }
 
+/// A key by which the server knows a request again that is sent twice.
+///
+/// # Errors
+/// If the system gives no randomness.
+pub fn fresh_key() -> anyhow::Result<String> {
+    let mut bytes = [0u8; 16];
+    getrandom::fill(&mut bytes)
+        .map_err(|error| anyhow::anyhow!("the system gives no randomness: {error}"))?;
+    Ok(hex::encode(bytes))
+}
+
 /// A connection to a server's API.
 #[derive(Clone)]
 pub struct Client {

@@ -534,6 +534,7 @@ impl Cloud {
             bytes_seen: health.map_or(0, |health| health.bytes_seen),
             bytes_up: device.traffic.bytes_up,
             skipped: health.map_or(0, |health| health.skipped),
+            dropped: health.and_then(|health| health.dropped),
             idle: health.is_some_and(|health| health.idle),
             epoch: health.map_or(0, |health| health.epoch),
             sequence: health.map_or(0, |health| health.sequence),

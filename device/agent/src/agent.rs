@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::thread;
 
 use device_core::pace::Pace;
+use device_engine::EngineError;
 use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -48,6 +49,9 @@ pub enum AgentError {
         /// Why.
         source: std::io::Error,
     },
+    /// The engine.
+    #[error("configuration: `engine`: {0}")]
+    Engine(EngineError),
     /// The models.
     #[error(transparent)]
     Models(#[from] ModelsError),
@@ -136,6 +140,11 @@ pub fn run_watched(
 ) -> Result<(), AgentError> {
     install_crypto();
     let identity = Arc::new(Identity::load(&config.data)?);
+    // Before any model: what does not load for want of a library is no bad model.
+    config
+        .engine
+        .prepare(config.ort_library.as_deref())
+        .map_err(AgentError::Engine)?;
     let state = Arc::new(State::open(&config.data)?);
     let mut source = source::open(&config.source)?;
     if mode == Mode::Forever && config.pace == Pace::Lockstep && source.is_live() {

@@ -28,7 +28,7 @@ struct Inner {
     frames: Vec<FrameBuf>,
     ended: bool,
     failed: Option<SourceError>,
-    /// The source answered last that it has nothing, which is no fault of it.
+    /// No frame is due yet, or the source answered last that it has nothing: no fault of it.
     quiet: bool,
 }
 
@@ -37,9 +37,9 @@ struct Inner {
 pub enum Stock {
     /// A frame at least.
     Frames,
-    /// Nothing now. `quiet` if the source has said so.
+    /// Nothing now. `quiet` if that is as it should be.
     Empty {
-        /// Whether the source answers.
+        /// Whether no frame is due yet, or the source answers that it has none.
         quiet: bool,
     },
     /// Nothing any more: the source has ended or was given up.
@@ -132,7 +132,11 @@ impl Capturer {
     pub fn step(&mut self, now_ms: u64) -> Then {
         let missed = match self.pacer.next(now_ms, self.index, u64::MAX, false) {
             Next::Take { dropped } => dropped,
-            Next::WaitUntil(at_ms) => return Then::At(at_ms),
+            Next::WaitUntil(at_ms) => {
+                // Seconds may lie between two frames, or hours.
+                lock(&self.shelf.0).quiet = true;
+                return Then::At(at_ms);
+            }
             Next::Hold => return Then::At(now_ms + ASK_AGAIN_MS),
         };
         // A replayed source plays a camera, whose frames do not wait. A live one has given what it
@@ -313,6 +317,54 @@ mod tests {
         }
         // Two that wait, one that is filled, one that is looked at.
         assert!(places.len() <= 4, "{}", places.len());
+    }
+
+    /// What the shelf looked like.
+    #[derive(Default)]
+    struct Seen {
+        shelf: Option<Arc<Shelf>>,
+        stocks: Vec<Stock>,
+    }
+
+    /// A source that looks at the shelf while it reads, as the frame loop does meanwhile.
+    struct Watched(Box<dyn Source>, Arc<Mutex<Seen>>);
+
+    impl Source for Watched {
+        fn id(&self) -> &str {
+            self.0.id()
+        }
+        fn read(&mut self, index: u64, into: &mut FrameBuf) -> Result<Read, SourceError> {
+            let seen = &mut *lock(&self.1);
+            seen.stocks
+                .extend(seen.shelf.as_ref().map(|shelf| shelf.stock()));
+            self.0.read(index, into)
+        }
+        fn truth(&self, _: u64) -> Option<String> {
+            None
+        }
+        fn len(&self) -> Option<u64> {
+            None
+        }
+        fn classes(&self) -> Vec<String> {
+            Vec::new()
+        }
+    }
+
+    #[test]
+    fn to_wait_for_the_next_frame_is_no_fault_and_to_read_long_is() {
+        let seen = Arc::new(Mutex::new(Seen::default()));
+        let source = Box::new(Watched(roads(), Arc::clone(&seen)));
+        let mut capturer = Capturer::new(source, 0.031_25, 0, 2);
+        let shelf = capturer.shelf();
+        lock(&seen).shelf = Some(Arc::clone(&shelf));
+        let mut frame = FrameBuf::new();
+        for at_ms in [0, 32_000, 64_000] {
+            assert_eq!(capturer.step(at_ms), Then::Again);
+            assert!(shelf.take(&mut frame).is_some());
+            assert_eq!(capturer.step(at_ms + 1), Then::At(at_ms + 32_000));
+            assert_eq!(shelf.stock(), Stock::Empty { quiet: true });
+        }
+        assert_eq!(lock(&seen).stocks, [Stock::Empty { quiet: false }; 3]);
     }
 
     #[test]

@@ -10,6 +10,7 @@ use device_core::governor::Limits;
 use device_core::pace::Pace;
 use device_core::retrieval::Least;
 use device_core::uplink::Transport;
+use device_engine::onnx_runtime;
 use serde::Deserialize;
 use thiserror::Error;
 
@@ -174,6 +175,9 @@ pub struct Config {
     pub hardware: String,
     /// The inference engine, or `auto`.
     pub engine: EngineChoice,
+    /// Shared library of ONNX Runtime, if the engine `ort` may be used; a name without a folder is
+    /// looked up by the system.
+    pub ort_library: Option<PathBuf>,
     /// Transports, the preferred one first; one or two.
     pub transport: Vec<Transport>,
     /// When the next frame is taken.
@@ -217,6 +221,7 @@ struct Raw {
     hardware: String,
     #[serde(default = "default_engine")]
     engine: String,
+    ort_library: Option<PathBuf>,
     #[serde(default = "default_transport")]
     transport: Vec<TransportKind>,
     #[serde(default = "default_pace")]
@@ -294,6 +299,13 @@ impl Config {
             .engine
             .parse()
             .map_err(|error: UnknownChoice| wrong("engine", format!("is wrong: {error}")))?;
+        if raw.ort_library.is_some() && !onnx_runtime::BUILT {
+            return Err(wrong(
+                "ort_library",
+                "is set, but this build is without ONNX Runtime; build it with --features ort, or remove the key"
+                    .to_owned(),
+            ));
+        }
         let pace = pace(&raw.pace).ok_or_else(|| {
             wrong(
                 "pace",
@@ -391,6 +403,12 @@ impl Config {
             source: raw.source,
             hardware: raw.hardware,
             engine,
+            ort_library: raw
+                .ort_library
+                .map(|library| match library.components().count() {
+                    1 => library,
+                    _ => folder.join(library),
+                }),
             transport: raw.transport.into_iter().map(Transport::from).collect(),
             pace,
             budget: raw.budget,
@@ -469,6 +487,33 @@ mod tests {
         assert_eq!(config.budget, Budget::default());
         assert!(config.limits.is_none() && config.metrics.is_none());
         assert_eq!((config.capture_frames, config.shadow_share), (4, 1.0));
+    }
+
+    #[test]
+    fn a_build_without_onnx_runtime_says_so() {
+        let extra = "engine = \"ort\"\nort_library = \"lib/libonnxruntime.so\"\n";
+        let parsed = parse(&format!("{LEAST}{extra}"));
+        if onnx_runtime::BUILT {
+            let config = parsed.unwrap();
+            assert_eq!(config.engine.name(), "ort");
+            assert_eq!(
+                config.ort_library.as_deref(),
+                Some(Path::new("etc/lib/libonnxruntime.so"))
+            );
+            let bare = parse(&format!("{LEAST}ort_library = \"libonnxruntime.so\"\n")).unwrap();
+            assert_eq!(bare.ort_library, Some("libonnxruntime.so".into()));
+        } else {
+            let error = parsed.unwrap_err();
+            assert!(
+                error.contains("`engine`") && error.contains("--features ort"),
+                "{error}"
+            );
+            let error = parse(&format!("{LEAST}ort_library = \"a.so\"\n")).unwrap_err();
+            assert!(
+                error.contains("`ort_library`") && error.contains("--features"),
+                "{error}"
+            );
+        }
     }
 
     #[test]

@@ -361,9 +361,9 @@ impl Link {
 
     async fn obey(&mut self, message: Down<'_>) {
         match message {
-            Down::Welcome(_) => {
+            Down::Welcome(welcome) => {
                 tracing::info!(transport = self.uplink.transport().name(), "welcome");
-                self.reporter.new_connection();
+                self.reporter.welcomed(welcome.wire_version);
                 self.installer.new_connection();
                 // Before anything that the cloud answers with an offer.
                 lock(&self.shared.models).trust().refresh();

@@ -109,7 +109,7 @@ pub enum Turn {
     WaitUntil(u64),
     /// Nothing before the capture thread has a frame, or a signal.
     Await {
-        /// Whether the source has said that it has nothing now.
+        /// Whether none is due yet, or the source has said that it has none now.
         quiet: bool,
     },
     /// Nothing until a signal.
@@ -270,17 +270,10 @@ impl Pipeline {
             let wait = match turn {
                 Turn::Frame | Turn::Stop => return turn,
                 Turn::WaitUntil(at_us) => {
-                    // It waits because it is told to, so it is alive.
-                    shared.beat();
                     let wait = at_us.saturating_sub(self.clock.now_us());
                     Duration::from_micros(wait).min(LOOK_AGAIN)
                 }
-                Turn::Await { quiet } => {
-                    if quiet {
-                        shared.beat();
-                    }
-                    LOOK_AGAIN
-                }
+                Turn::Await { .. } => LOOK_AGAIN,
                 Turn::Hold if shared.status().held => {
                     signals = match changed.wait(signals) {
                         Ok(signals) => signals,
@@ -337,10 +330,15 @@ impl Pipeline {
                 }
             }
         };
-        match turn {
+        let turn = match turn {
             Turn::Frame if due_us > now_us => Turn::WaitUntil(due_us),
             turn => turn,
+        };
+        // It waits because it has to, so it is alive.
+        if matches!(turn, Turn::WaitUntil(_) | Turn::Await { quiet: true }) {
+            self.shared.beat();
         }
+        turn
     }
 
     /// Takes one frame; false if there was none to take.

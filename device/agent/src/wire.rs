@@ -1,7 +1,6 @@
 //! Encoding of messages: postcard in an envelope, into growing buffers.
 
 use flywheel_shared::envelope::{self, HEADER};
-use flywheel_shared::message::Up;
 use postcard::ser_flavors::{Flavor, Size};
 use serde::Serialize;
 
@@ -45,8 +44,9 @@ pub fn len<T: Serialize>(value: &T) -> usize {
     postcard::serialize_with_flavor(value, Size::default()).unwrap_or(usize::MAX)
 }
 
-/// A message in its envelope, as every transport carries it.
-pub fn envelope(message: &Up<'_>) -> Vec<u8> {
+/// A message ([`Up`](flywheel_shared::message::Up), or one and its tail) in its envelope, as every
+/// transport carries it.
+pub fn envelope(message: &impl Serialize) -> Vec<u8> {
     let mut out = vec![0; HEADER];
     append(message, &mut out);
     let header = envelope::header(&out[HEADER..]);
@@ -58,7 +58,7 @@ pub fn envelope(message: &Up<'_>) -> Vec<u8> {
 mod tests {
     use flywheel_shared::MAX_MESSAGE;
     use flywheel_shared::ids::Digest;
-    use flywheel_shared::message::Fetch;
+    use flywheel_shared::message::{Fetch, Up};
 
     use super::*;
 

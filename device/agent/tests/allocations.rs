@@ -38,6 +38,7 @@ fn run(source: &str, fps: Option<f32>) -> Vec<(&'static str, Measured)> {
     let args = BenchArgs {
         model: None,
         engine: Engines::All,
+        ort_library: None,
         frames: 400,
         source: Some(source.to_owned()),
         fps,
@@ -50,13 +51,15 @@ fn run(source: &str, fps: Option<f32>) -> Vec<(&'static str, Measured)> {
     report
         .engines
         .into_iter()
+        // ONNX Runtime is there only where its library is named.
+        .filter(|engine| engine.engine != "ort" || engine.measured.is_some())
         .map(|engine| (engine.engine, engine.measured.expect(engine.engine)))
         .collect()
 }
 
 fn check(source: &str, fps: Option<f32>) {
     let engines = run(source, fps);
-    assert_eq!(engines.len(), 3);
+    assert!(engines.len() >= 3);
     for (engine, measured) in engines {
         assert!(measured.golden, "{engine}: {:?}", measured.golden_error);
         // Both kinds of frames were seen, and more than lie between two saves of the position.

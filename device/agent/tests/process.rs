@@ -74,6 +74,7 @@ fn an_agent_tells_systemd_and_prometheus_and_ends_on_sigterm() {
         "config",
         "data folder",
         "disk space",
+        "engine",
         "identity",
         "source",
         "quic",

@@ -8,9 +8,9 @@ use std::sync::atomic::Ordering;
 
 use flywheel_agent::metrics::expose::resident_bytes;
 use flywheel_agent::shared::lock;
-use flywheel_shared::MAX_MESSAGE;
 use flywheel_shared::envelope;
-use flywheel_shared::message::{Lane, LossReason, Record, Up, records};
+use flywheel_shared::message::{HealthTail, Lane, LossReason, Record, Up, records};
+use flywheel_shared::{MAX_MESSAGE, WIRE_LATEST};
 use virtual_time::{Cost, Device, FPS, Setup, World};
 
 const HOUR: u64 = 3600 * FPS as u64;
@@ -89,9 +89,10 @@ impl Cloud {
         let wall_ms = World::get(&device.world.wall_ms);
         let message = device.reporter.health(&device.shared, wall_ms).unwrap();
         let (payload, _) = envelope::split(&message, MAX_MESSAGE).unwrap();
-        let Up::Health(health) = postcard::from_bytes(payload).unwrap() else {
+        let (Up::Health(health), tail) = postcard::take_from_bytes(payload).unwrap() else {
             panic!("not a health message");
         };
+        let tail = HealthTail::read(tail).unwrap().unwrap();
         assert!(
             health.at_ms > self.last_health_ms,
             "the report's time went back"
@@ -110,6 +111,7 @@ impl Cloud {
             metrics.seen.get() + metrics.dropped.get() + metrics.skipped.get()
         );
         assert_eq!(health.skipped, metrics.skipped.get());
+        assert_eq!(tail.dropped, metrics.dropped.get());
     }
 }
 
@@ -123,6 +125,7 @@ fn ten_hours_leave_nothing_behind_and_nothing_out() {
         live: USUAL,
         extra: "max_fps = 60.0\nmax_cpu = 0.9\n",
     });
+    device.reporter.welcomed(WIRE_LATEST);
     let mut cloud = Cloud {
         frames: vec![false; FRAMES as usize],
         ..Cloud::default()

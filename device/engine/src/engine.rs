@@ -9,9 +9,10 @@ use flywheel_shared::spec::ModelSpec;
 use thiserror::Error;
 
 use crate::burn_plan::{Backend, BurnPlan};
+use crate::onnx_runtime;
 use crate::tract_plan::TractPlan;
 
-/// The engines that this build has.
+/// The engines that there are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum EngineKind {
     /// tract, from the ONNX file: the default, and the fastest.
@@ -21,11 +22,20 @@ pub enum EngineKind {
     BurnFlex,
     /// burn's ndarray backend, from the record: slow, kept as an independent reference.
     BurnNdarray,
+    /// ONNX Runtime, from the ONNX file, through a shared library ([`crate::onnx_runtime`]); in
+    /// builds with the feature `ort`.
+    Ort,
 }
 
 impl EngineKind {
-    /// Every engine, for tests and benchmarks.
-    pub const ALL: [Self; 3] = [Self::Tract, Self::BurnFlex, Self::BurnNdarray];
+    /// Every engine that this build has, for tests, benchmarks and the choice of the fastest.
+    pub const ALL: &'static [Self] = &[
+        Self::Tract,
+        Self::BurnFlex,
+        Self::BurnNdarray,
+        #[cfg(feature = "ort")]
+        Self::Ort,
+    ];
 
     /// The name that `--engine` takes.
     pub fn name(self) -> &'static str {
@@ -33,6 +43,7 @@ impl EngineKind {
             Self::Tract => "tract",
             Self::BurnFlex => "burn-flex",
             Self::BurnNdarray => "burn-ndarray",
+            Self::Ort => "ort",
         }
     }
 }
@@ -43,10 +54,16 @@ impl fmt::Display for EngineKind {
     }
 }
 
-/// A name that is no engine's.
+/// A name of no engine that can be had.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[error("unknown engine {0:?}; use tract, burn (the same as burn-flex) or burn-ndarray")]
-pub struct UnknownEngine(pub String);
+pub enum UnknownEngine {
+    /// There is none of that name.
+    #[error("unknown engine {0:?}; use tract, burn (the same as burn-flex), burn-ndarray or ort")]
+    Name(String),
+    /// There is one, but it was left out of this build.
+    #[error("this build is without engine {0}; build it with --features {0}, or use tract or burn")]
+    NotBuilt(EngineName),
+}
 
 impl FromStr for EngineKind {
     type Err = UnknownEngine;
@@ -56,7 +73,9 @@ impl FromStr for EngineKind {
             "tract" => Ok(Self::Tract),
             "burn" | "burn-flex" => Ok(Self::BurnFlex),
             "burn-ndarray" => Ok(Self::BurnNdarray),
-            other => Err(UnknownEngine(other.to_owned())),
+            "ort" if onnx_runtime::BUILT => Ok(Self::Ort),
+            "ort" => Err(UnknownEngine::NotBuilt(Self::Ort.name())),
+            other => Err(UnknownEngine::Name(other.to_owned())),
         }
     }
 }
@@ -95,6 +114,14 @@ pub enum EngineError {
         engine: EngineName,
         /// `ONNX file` or `record`.
         form: &'static str,
+    },
+    /// The engine itself cannot be had.
+    #[error("engine {engine}: {why}")]
+    Missing {
+        /// The engine.
+        engine: EngineName,
+        /// What is wrong, and the mend.
+        why: String,
     },
     /// The bytes are damaged, or the model does not do what its spec says.
     #[error("engine {engine}: cannot load the model: {why}")]
@@ -198,11 +225,11 @@ pub struct OperatorCost {
 /// Loads a model with an engine.
 ///
 /// # Errors
-/// [`EngineError::NoForm`] or [`EngineError::Load`]. A panic inside an engine's loader, which
-/// damaged bytes can cause, is caught and reported as the latter.
+/// [`EngineError::NoForm`], [`EngineError::Missing`] or [`EngineError::Load`]. A panic inside an
+/// engine's loader, which damaged bytes can cause, is caught and reported as the latter.
 pub fn load(kind: EngineKind, model: &ModelBytes<'_>) -> Result<Box<dyn Plan>, EngineError> {
     let (bytes, form) = match kind {
-        EngineKind::Tract => (model.onnx, "ONNX file"),
+        EngineKind::Tract | EngineKind::Ort => (model.onnx, "ONNX file"),
         EngineKind::BurnFlex | EngineKind::BurnNdarray => (model.record, "record"),
     };
     if bytes.is_empty() {
@@ -218,6 +245,9 @@ pub fn load(kind: EngineKind, model: &ModelBytes<'_>) -> Result<Box<dyn Plan>, E
             why: "the spec names no output: it has neither classes nor an embedding".to_owned(),
         });
     }
+    if kind == EngineKind::Ort {
+        onnx_runtime::open(None)?;
+    }
     // The loaders only build new values from borrowed bytes, so a panic leaves nothing half done.
     let loaded = catch_unwind(AssertUnwindSafe(|| -> Result<Box<dyn Plan>, String> {
         Ok(match kind {
@@ -226,6 +256,10 @@ pub fn load(kind: EngineKind, model: &ModelBytes<'_>) -> Result<Box<dyn Plan>, E
             EngineKind::BurnNdarray => {
                 Box::new(BurnPlan::load(Backend::Ndarray, bytes, model.spec)?)
             }
+            #[cfg(feature = "ort")]
+            EngineKind::Ort => Box::new(crate::ort_plan::OrtPlan::load(bytes, model.spec)?),
+            #[cfg(not(feature = "ort"))]
+            EngineKind::Ort => return Err("it is not in this build".to_owned()),
         })
     }));
     loaded
@@ -248,6 +282,41 @@ pub(crate) fn check_output(plan: &dyn Plan, output: &Output<'_>) -> Result<(), E
         }
     }
     Ok(())
+}
+
+/// The name and the number of values of each output that a spec asks for, in order.
+pub(crate) fn wanted_outputs(spec: &ModelSpec<'_>) -> Vec<(&'static str, usize)> {
+    let heads = spec.head_lens();
+    let logits = [("logits", spec.logits())];
+    let embedding = [("embedding", usize::from(spec.embedding))];
+    let heads = heads.iter().map(|len| ("heads", *len));
+    let all = logits.into_iter().chain(heads).chain(embedding);
+    all.filter(|(_, len)| *len > 0).collect()
+}
+
+/// Hands the caller's buffers to `next` in the order of [`wanted_outputs`], each with the place of
+/// the model's output that belongs into it and its name; `heads` are the lengths of a detector's.
+pub(crate) fn each_output(
+    output: &mut Output<'_>,
+    heads: &[usize],
+    mut next: impl FnMut(usize, &mut [f32], &'static str) -> Result<(), String>,
+) -> Result<(), String> {
+    let mut index = 0;
+    let mut give = |slot: &mut [f32], what| {
+        if slot.is_empty() {
+            return Ok(());
+        }
+        index += 1;
+        next(index - 1, slot, what)
+    };
+    give(output.logits, "logits")?;
+    let mut rest = &mut *output.heads;
+    for len in heads {
+        let (head, tail) = rest.split_at_mut(*len);
+        give(head, "heads")?;
+        rest = tail;
+    }
+    give(output.embedding, "embedding")
 }
 
 /// Copies an engine's output to the caller's buffer, refusing what scores cannot be made of.

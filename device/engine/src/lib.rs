@@ -11,6 +11,9 @@ pub mod engine;
 pub mod frame;
 pub mod import;
 pub mod inspect;
+pub mod onnx_runtime;
+#[cfg(feature = "ort")]
+mod ort_plan;
 pub mod package;
 pub mod preprocess;
 mod resample;

@@ -12,8 +12,8 @@ use tract_onnx::tract_core::transform::ModelTransform;
 use tract_onnx::tract_hir::infer::Factoid;
 
 use crate::engine::{
-    EngineError, EngineKind, OperatorCost, Output, Plan, check_output, copy_finite,
-    probabilities_to_logits,
+    EngineError, EngineKind, OperatorCost, Output, Plan, check_output, copy_finite, each_output,
+    probabilities_to_logits, wanted_outputs,
 };
 
 /// An optimised graph with its running state.
@@ -32,16 +32,16 @@ impl TractPlan {
     /// Parses and optimises `onnx`, and checks it against `spec`.
     pub fn load(onnx: &[u8], spec: &ModelSpec<'_>) -> Result<Self, String> {
         let shape = spec.input.shape();
-        let wanted = Outputs::of(spec);
+        let wanted = wanted_outputs(spec);
         let model = tract_onnx::onnx()
             .model_for_read(&mut std::io::Cursor::new(onnx))
             .map_err(|error| format!("the ONNX file is damaged: {error:#}"))?;
         let count = |outlets: TractResult<&[OutletId]>| outlets.map_or(0, <[OutletId]>::len);
         let (inputs, outputs) = (count(model.input_outlets()), count(model.output_outlets()));
-        if inputs != 1 || outputs < wanted.0.len() {
+        if inputs != 1 || outputs < wanted.len() {
             return Err(format!(
                 "the ONNX file has {inputs} inputs and {outputs} outputs, the spec wants 1 and {}",
-                wanted.0.len()
+                wanted.len()
             ));
         }
         let input_type = input_type(&model, &shape)?;
@@ -53,7 +53,7 @@ impl TractPlan {
             .input_fact(0)
             .map_err(|error| format!("{error:#}"))?
             .datum_type;
-        for (index, (what, want)) in wanted.0.iter().enumerate() {
+        for (index, (what, want)) in wanted.iter().enumerate() {
             let fact = plan
                 .model()
                 .output_fact(index)
@@ -104,26 +104,14 @@ impl TractPlan {
             self.state.reset_turn().map_err(say)?;
         }
         let answers = answers?;
-        let mut answers = answers.iter();
-        let mut next = |slot: &mut [f32], what: &str| -> Result<(), String> {
-            if slot.is_empty() {
-                return Ok(());
-            }
+        each_output(output, &self.heads, |index, slot, what| {
             let answer = answers
-                .next()
+                .get(index)
                 .ok_or_else(|| format!("there is no {what}"))?;
             let answer = answer.cast_to::<f32>().map_err(say)?;
             let view = answer.try_as_plain_ram().map_err(say)?;
             copy_finite(view.as_slice::<f32>().map_err(say)?, slot, what)
-        };
-        next(output.logits, "logits")?;
-        let mut rest = &mut *output.heads;
-        for len in &self.heads {
-            let (head, tail) = rest.split_at_mut(*len);
-            next(head, "heads")?;
-            rest = tail;
-        }
-        next(output.embedding, "embedding")?;
+        })?;
         if self.probabilities {
             probabilities_to_logits(output.logits);
         }
@@ -157,20 +145,6 @@ fn clean_vector_registers() {
             // SAFETY: the processor has AVX.
             unsafe { clean() }
         }
-    }
-}
-
-/// The name and the number of values of each output that a spec asks for, in order.
-struct Outputs(Vec<(&'static str, usize)>);
-
-impl Outputs {
-    fn of(spec: &ModelSpec<'_>) -> Self {
-        let heads = spec.head_lens();
-        let logits = [("logits", spec.logits())];
-        let embedding = [("embedding", usize::from(spec.embedding))];
-        let heads = heads.iter().map(|len| ("head", *len));
-        let all = logits.into_iter().chain(heads).chain(embedding);
-        Self(all.filter(|(_, len)| *len > 0).collect())
     }
 }
 

@@ -2,9 +2,11 @@
 
 use device_engine::{
     ClassOutput, EngineError, EngineKind, Frame, InputSpec, ModelBytes, ModelSpec, Output, Plan,
-    Task, describe, load, preprocess,
+    Task, describe, load, onnx_runtime, preprocess,
 };
 use flywheel_models::{ARCH, NetConfig, Role, Weights, export};
+
+mod engines;
 
 /// Largest absolute difference allowed between two engines, in any logit or embedding value; the
 /// values themselves are of order 1. Engines sum in different orders, hence not exactly 0.
@@ -97,7 +99,10 @@ fn answer(plan: &mut dyn Plan, input: &[f32]) -> (Vec<f32>, Vec<f32>) {
 fn every_engine_gives_the_same_answers() {
     for (channels, side) in [(3, 32), (1, 28), (3, 64)] {
         let package = package(channels, side);
-        let mut plans = EngineKind::ALL.map(|kind| load(kind, &package.bytes()).unwrap());
+        let mut plans: Vec<_> = engines::here()
+            .into_iter()
+            .map(|kind| load(kind, &package.bytes()).unwrap())
+            .collect();
         let mut random = Lcg(7);
         let mut distinct = Vec::new();
         for _ in 0..32 {
@@ -136,7 +141,7 @@ fn running_in_place_is_running() {
             .map(|_| random.unit())
             .collect()
     };
-    for kind in EngineKind::ALL {
+    for kind in engines::here() {
         let mut plan = load(kind, &package.bytes()).unwrap();
         let wanted = answer(&mut *plan, &input);
         // Another input in between, so that nothing is left from the first run.
@@ -173,9 +178,9 @@ fn a_bare_onnx_file_says_what_it_takes_and_gives() {
 #[test]
 fn damaged_models_are_errors_that_name_the_engine() {
     let package = package(3, 32);
-    for kind in EngineKind::ALL {
+    for kind in engines::here() {
         let whole = match kind {
-            EngineKind::Tract => &package.onnx,
+            EngineKind::Tract | EngineKind::Ort => &package.onnx,
             _ => &package.record,
         };
         for cut in [1, 7, 64, whole.len() / 3, whole.len() / 2, whole.len() - 1] {
@@ -229,7 +234,7 @@ fn a_spec_that_does_not_fit_the_model_is_refused() {
             ..package.spec
         },
     ];
-    for kind in EngineKind::ALL {
+    for kind in engines::here() {
         for spec in &specs {
             let bytes = ModelBytes {
                 spec,
@@ -247,7 +252,7 @@ fn a_spec_that_does_not_fit_the_model_is_refused() {
 #[test]
 fn buffers_of_the_wrong_length_are_named() {
     let package = package(1, 28);
-    for kind in EngineKind::ALL {
+    for kind in engines::here() {
         let mut plan = load(kind, &package.bytes()).unwrap();
         let input = vec![0.0; plan.input_len()];
         for (input_len, logits, embedding, named) in [
@@ -269,7 +274,7 @@ fn buffers_of_the_wrong_length_are_named() {
 #[test]
 fn an_input_that_overflows_is_an_error_not_an_answer() {
     let package = package(1, 28);
-    for kind in EngineKind::ALL {
+    for kind in engines::here() {
         let mut plan = load(kind, &package.bytes()).unwrap();
         let input = vec![f32::NAN; plan.input_len()];
         let mut output = Output {
@@ -286,10 +291,26 @@ fn an_input_that_overflows_is_an_error_not_an_answer() {
 
 #[test]
 fn names_parse_and_unknown_ones_list_the_choices() {
-    for kind in EngineKind::ALL {
+    for &kind in EngineKind::ALL {
         assert_eq!(kind.name().parse::<EngineKind>().unwrap(), kind);
     }
     assert_eq!("burn".parse::<EngineKind>().unwrap(), EngineKind::BurnFlex);
-    let error = "ort".parse::<EngineKind>().unwrap_err().to_string();
-    assert!(error.contains("ort") && error.contains("tract"), "{error}");
+    let error = "caffe".parse::<EngineKind>().unwrap_err().to_string();
+    assert!(
+        error.contains("caffe") && error.contains("tract"),
+        "{error}"
+    );
+    if !onnx_runtime::BUILT {
+        let error = "ort".parse::<EngineKind>().unwrap_err().to_string();
+        assert!(error.contains("--features ort"), "{error}");
+        // Whoever gets there by other ways is told as well.
+        for error in [
+            onnx_runtime::open(None).unwrap_err(),
+            load(EngineKind::Ort, &package(1, 28).bytes())
+                .err()
+                .unwrap(),
+        ] {
+            assert!(error.to_string().contains("--features ort"), "{error}");
+        }
+    }
 }

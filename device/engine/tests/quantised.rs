@@ -2,8 +2,10 @@
 //! (QLinear), built here to the byte so that their answers are known.
 
 use device_engine::import::{Options, import};
-use device_engine::{EngineKind, Output, load};
+use device_engine::{Output, Plan, load};
 use flywheel_shared::spec::Scale;
+
+mod engines;
 
 const INPUTS: usize = 16;
 const CLASSES: usize = 3;
@@ -124,7 +126,13 @@ fn check(onnx: &[u8], rounding: f32) {
     // The last layer reads the pixels.
     assert_eq!(usize::from(package.embedding), INPUTS);
     let spec = package.spec();
-    let mut plan = load(EngineKind::Tract, &package.bytes(&spec)).unwrap();
+    for kind in engines::of_onnx() {
+        let plan = load(kind, &package.bytes(&spec)).unwrap();
+        check_answer(plan, rounding);
+    }
+}
+
+fn check_answer(mut plan: Box<dyn Plan>, rounding: f32) {
     let input: Vec<f32> = (0..INPUTS).map(|at| (at * 3 % 14) as f32).collect();
     let (mut logits, mut embedding) = ([0.0; CLASSES], [0.0; INPUTS]);
     let mut output = Output {

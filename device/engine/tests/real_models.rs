@@ -10,6 +10,7 @@ use device_engine::{EngineKind, Frame, ModelSpec, Output, Plan, Task, load, prep
 use flywheel_shared::spec::{Colour, Scale};
 
 mod data;
+mod engines;
 
 /// How far an answer may be from ONNX Runtime's with its optimisations off; ONNX Runtime with
 /// them on is off by up to 1.5e-4.
@@ -40,6 +41,11 @@ impl Model {
         let mut plan = load(EngineKind::Tract, &package.bytes(&spec)).unwrap();
         assert!(package.golden.len() >= 2);
         assert!(package.prove(&mut *plan).unwrap() <= package.tolerance);
+        for kind in engines::of_onnx() {
+            let mut plan = load(kind, &package.bytes(&spec)).unwrap();
+            let off = package.prove(&mut *plan).unwrap();
+            eprintln!("golden inputs by {kind}: off by {off:e}");
+        }
         Self {
             logits: vec![0.0; plan.classes()],
             heads: vec![0.0; plan.heads_len()],

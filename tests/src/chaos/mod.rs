@@ -24,7 +24,9 @@ use flywheel::api::types::{AdvanceRequest, AuditView, DeviceView, TokenReply, To
 use flywheel::client::{ADDRESS_FILE, Client, ClientError};
 use flywheel::ingest::broker_files;
 use flywheel::ingest::endpoints::Endpoints;
+use flywheel::keys;
 use flywheel::pki::Pki;
+use flywheel::service::now_ms;
 use flywheel::store::Store;
 use flywheel_agent::identity;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -223,7 +225,7 @@ impl World {
         );
         std::fs::create_dir_all(dir)?;
         let data = dir.join("cloud");
-        flywheel::keys::init(&dir.join("keys"))?;
+        keys::init(&dir.join("keys"), &keys::Plan::for_a_day(now_ms()))?;
         let mut serve = flags(&[
             "serve",
             "--data",
@@ -440,9 +442,8 @@ fn start_mosquitto(dir: &Path, data: &Path) -> Result<(SocketAddr, Victim)> {
     let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?
         .local_addr()?
         .port();
-    let now_ms = flywheel::service::now_ms();
-    let pki = Pki::open(&data.join("pki"), &[], now_ms)?;
-    let files = broker_files::write(&pki, &dir.join("broker"), port, &[], now_ms)?;
+    let pki = Pki::open(&data.join("pki"), &[], now_ms())?;
+    let files = broker_files::write(&pki, &dir.join("broker"), port, &[], now_ms())?;
     // Started by root, mosquitto would become a user who can't read a temporary folder.
     let mut config = std::fs::OpenOptions::new()
         .append(true)

@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
-use axum::extract::{Path, Query, State};
+use axum::body::Bytes;
+use axum::extract::{DefaultBodyLimit, Path, Query, State};
 use serde::Deserialize;
 use utoipa::IntoParams;
 use utoipa_axum::router::OpenApiRouter;
@@ -12,8 +13,8 @@ use utoipa_axum::routes;
 
 use super::blocking;
 use super::types::{
-    AbortRequest, ErrorBody, EvalRequest, JobView, ManifestView, ModelView, PromoteRequest,
-    RolloutRequest, RolloutView, TrainRequest,
+    AbortRequest, AddRequest, BlobView, ErrorBody, EvalRequest, JobView, ManifestView, ModelView,
+    PromoteRequest, RolloutRequest, RolloutView, TrainRequest,
 };
 use crate::cloud::Cloud;
 use crate::service::Fault;
@@ -24,18 +25,26 @@ type Shared = State<Arc<Cloud>>;
 /// Longest that an answer is held back for a change.
 const MAX_WAIT: Duration = Duration::from_secs(30);
 
+/// Largest part of a model in bytes.
+const MAX_PART: usize = 256 * 1024 * 1024;
+
 pub fn routes() -> OpenApiRouter<Arc<Cloud>> {
     OpenApiRouter::new()
         .routes(routes!(train))
         .routes(routes!(eval))
         .routes(routes!(job))
-        .routes(routes!(models))
+        .routes(routes!(add, models))
         .routes(routes!(model))
         .routes(routes!(manifest))
         .routes(routes!(promote))
         .routes(routes!(start, rollouts))
         .routes(routes!(rollout))
         .routes(routes!(abort))
+        .merge(
+            OpenApiRouter::new()
+                .routes(routes!(blob))
+                .layer(DefaultBodyLimit::max(MAX_PART)),
+        )
 }
 
 #[derive(Deserialize, IntoParams)]
@@ -82,6 +91,26 @@ async fn job(
         let _elapsed = tokio::time::timeout(query.limit(), closed).await;
     }
     blocking(move || cloud.jobs.view(&id)).await
+}
+
+/// Stores a part of a model; the body is its bytes.
+#[utoipa::path(put, path = "/v1/blobs", request_body(content = Vec<u8>, content_type = "application/octet-stream"), responses((status = 200, body = BlobView)), tag = "models")]
+async fn blob(State(cloud): Shared, body: Bytes) -> Result<Json<BlobView>, Fault> {
+    blocking(move || {
+        Ok(BlobView {
+            digest: cloud.store.blobs().put(&body)?.to_string(),
+        })
+    })
+    .await
+}
+
+/// Registers a model that was made elsewhere, after it has given its golden answers here.
+#[utoipa::path(post, path = "/v1/models", request_body = AddRequest, responses((status = 200, body = ModelView), (status = 400, body = ErrorBody)), tag = "models")]
+async fn add(
+    State(cloud): Shared,
+    Json(request): Json<AddRequest>,
+) -> Result<Json<ModelView>, Fault> {
+    blocking(move || cloud.registry.view(&cloud.stations().add(&request)?)).await
 }
 
 /// Models, oldest first.

@@ -105,6 +105,8 @@ pub struct DeviceView {
     pub bytes_up: u64,
     /// Frames that it could not read.
     pub skipped: u64,
+    /// Frames that it gave up because inference was behind; absent if its agent does not say.
+    pub dropped: Option<u64>,
     /// Whether it waits for new frames to be allowed and has nothing left to upload.
     pub idle: bool,
     /// Its boot epoch.
@@ -301,7 +303,7 @@ pub struct DatasetDiff {
 }
 
 /// Trains a candidate.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TrainRequest {
     /// Dataset id, or an unambiguous beginning of it.
@@ -314,16 +316,22 @@ pub struct TrainRequest {
     pub scratch: Option<bool>,
     /// Fit the classifier alone, on the champion's features: seconds, and a small update.
     pub head: Option<bool>,
+    /// Chosen by the client, at most 64 characters: a request that is sent again with the key of one
+    /// that arrived starts nothing, and gets that one's job.
+    pub key: Option<String>,
 }
 
 /// Judges a model on the golden set, through the device's engine.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct EvalRequest {
     /// Model id, or an unambiguous beginning of it.
     pub model: String,
     /// Classes whose mean recall is reported as `rare_recall`.
     pub rare: Option<Vec<String>>,
+    /// Chosen by the client, at most 64 characters: a request that is sent again with the key of one
+    /// that arrived starts nothing, and gets that one's job.
+    pub key: Option<String>,
 }
 
 /// A long piece of work on the server.
@@ -360,7 +368,9 @@ pub struct ModelView {
     pub champion: bool,
     /// When it was made, Unix milliseconds.
     pub created_ms: u64,
-    /// Dataset that it was trained on.
+    /// Its name, if it was made elsewhere.
+    pub name: Option<String>,
+    /// Dataset that it was trained on; empty for one that was made elsewhere.
     pub dataset: String,
     /// Model that it was trained from.
     pub parent: Option<String>,
@@ -406,6 +416,49 @@ pub struct GateView {
     pub champion: Option<String>,
     /// The reasons, in words.
     pub reasons: Vec<String>,
+}
+
+/// A stored blob.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct BlobView {
+    /// SHA-256 of its bytes.
+    pub digest: String,
+}
+
+/// Registers a model that was made elsewhere, whose parts are stored blobs.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct AddRequest {
+    /// Its name, for people: 1 to 64 characters.
+    pub name: String,
+    /// Its parts, each kind at most once.
+    pub parts: Vec<PartRef>,
+}
+
+/// A part of a model.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PartRef {
+    /// What it is.
+    pub kind: PartName,
+    /// SHA-256 of its bytes.
+    pub digest: String,
+}
+
+/// A kind of part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum PartName {
+    /// ONNX file.
+    Onnx,
+    /// burn record.
+    Record,
+    /// What the model takes and gives.
+    Spec,
+    /// Score parameters.
+    Scores,
+    /// Golden inputs and answers.
+    Golden,
 }
 
 /// The bytes that the release key must sign to promote a model.

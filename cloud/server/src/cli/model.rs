@@ -6,16 +6,18 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
-use flywheel_shared::trust::{PublicKey, Role, sign};
+use device_engine::package::Package;
+use flywheel_shared::trust::{PartKind, PublicKey, Role, sign};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::format::{self, percent, short};
 use super::sign::{SignArgs, TermsArgs};
 use super::{Connection, EXIT_NEGATIVE, print_json, print_line};
 use crate::api::types::{
-    EvalRequest, JobView, ManifestView, ModelView, PromoteRequest, RootView, TrainRequest,
+    AddRequest, BlobView, EvalRequest, JobView, ManifestView, ModelView, PartName, PartRef,
+    PromoteRequest, RootView, TrainRequest,
 };
-use crate::client::Client;
+use crate::client::{Client, fresh_key};
 use crate::keys;
 
 /// Arguments of `flywheel train`.
@@ -56,6 +58,16 @@ pub struct EvalArgs {
 pub enum ModelCommand {
     /// Make a package of an ONNX file; needs no server.
     Import(Box<super::import::ImportArgs>),
+    /// Hand in a package that `flywheel model import` wrote; it can be judged, promoted and rolled
+    /// out like a model that was trained here.
+    #[command(after_help = "Example: flywheel model add face/")]
+    Add {
+        /// Folder of the package.
+        dir: PathBuf,
+        /// Name of the model; that of the package if absent.
+        #[arg(long)]
+        name: Option<String>,
+    },
     /// List models.
     #[command(after_help = "Example: flywheel model ls")]
     Ls,
@@ -129,6 +141,7 @@ pub fn train(args: &TrainArgs, connection: &Connection) -> Result<ExitCode> {
             steps: args.steps,
             scratch: Some(args.scratch),
             head: Some(args.head),
+            key: Some(fresh_key()?),
         },
     )?;
     let job = follow(&client, &job.id, &bar("train")?)?;
@@ -146,6 +159,7 @@ pub fn eval(args: &EvalArgs, connection: &Connection) -> Result<ExitCode> {
         &EvalRequest {
             model: args.model.clone(),
             rare: Some(args.rare.clone()),
+            key: Some(fresh_key()?),
         },
     )?;
     let job = follow(&client, &job.id, &bar("eval")?)?;
@@ -242,7 +256,7 @@ pub fn run(command: ModelCommand, connection: &Connection) -> Result<ExitCode> {
                 return print_json(&models).map(|()| ExitCode::SUCCESS);
             }
             let mut table = format::table(&[
-                "model", "release", "dataset", "accuracy", "rare", "ece", "gate", "",
+                "model", "release", "from", "accuracy", "rare", "ece", "gate", "",
             ]);
             for model in &models {
                 let report = model.report.as_ref();
@@ -252,7 +266,10 @@ pub fn run(command: ModelCommand, connection: &Connection) -> Result<ExitCode> {
                         .sequence
                         .map(|sequence| sequence.to_string())
                         .unwrap_or_default(),
-                    short(&model.dataset).to_owned(),
+                    match &model.name {
+                        Some(name) => name.clone(),
+                        None => short(&model.dataset).to_owned(),
+                    },
                     report
                         .map(|report| percent(report.accuracy))
                         .unwrap_or_default(),
@@ -273,6 +290,9 @@ pub fn run(command: ModelCommand, connection: &Connection) -> Result<ExitCode> {
             }
             print_line(table)?;
         }
+        ModelCommand::Add { dir, name } => {
+            show(connection, &add(&client, &dir, name)?)?;
+        }
         ModelCommand::Show { id } => {
             show(connection, &client.get(&format!("/v1/models/{id}"))?)?;
         }
@@ -282,6 +302,31 @@ pub fn run(command: ModelCommand, connection: &Connection) -> Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Hands in the parts of a package.
+///
+/// # Errors
+/// If the folder holds no package, or the server refuses it.
+pub fn add(client: &Client, dir: &std::path::Path, name: Option<String>) -> Result<ModelView> {
+    let package = Package::read(dir)?;
+    let mut parts = Vec::new();
+    for (kind, bytes) in package.parts()? {
+        let stored: BlobView = client.put_bytes("/v1/blobs", &bytes)?;
+        let kind = match kind {
+            PartKind::Onnx => PartName::Onnx,
+            PartKind::BurnRecord => PartName::Record,
+            PartKind::Spec => PartName::Spec,
+            PartKind::Scores => PartName::Scores,
+            PartKind::Golden => PartName::Golden,
+        };
+        parts.push(PartRef {
+            kind,
+            digest: stored.digest,
+        });
+    }
+    let name = name.unwrap_or(package.name);
+    Ok(client.post("/v1/models", &AddRequest { name, parts })?)
 }
 
 /// Signs a model's manifest here and hands in the signature; the release key never travels.
@@ -328,19 +373,23 @@ fn show(connection: &Connection, model: &ModelView) -> Result<()> {
             .unwrap_or_default(),
         if model.champion { ", champion" } else { "" }
     ))?;
-    print_line(format!(
-        "from dataset {}, seed {}, {} steps, starting at {}",
-        short(&model.dataset),
-        model.seed,
-        model.steps,
-        model
-            .parent
-            .as_deref()
-            .map_or("fresh weights".to_owned(), |parent| format!(
-                "model {}",
-                short(parent)
-            ))
-    ))?;
+    if let Some(name) = &model.name {
+        print_line(format!("{name}, made elsewhere"))?;
+    } else {
+        print_line(format!(
+            "from dataset {}, seed {}, {} steps, starting at {}",
+            short(&model.dataset),
+            model.seed,
+            model.steps,
+            model
+                .parent
+                .as_deref()
+                .map_or("fresh weights".to_owned(), |parent| format!(
+                    "model {}",
+                    short(parent)
+                ))
+        ))?;
+    }
     if let Some(report) = &model.report {
         print_line(format!(
             "{} items: accuracy {}, balanced {}, rare {}, calibration error {:.3}, {:.0} µs an inference",

@@ -159,6 +159,7 @@ fn health(books: Vec<OwnedBook>) -> OwnedHealth {
         bytes_seen: 0,
         bytes_up: 0,
         skipped: 0,
+        dropped: None,
         idle: false,
         live: Some(Digest::of(b"m")),
         sequence: 0,

@@ -142,7 +142,7 @@ impl World {
     }
 }
 
-pub(super) fn up(message: &Up<'_>) -> Vec<u8> {
+pub(super) fn up(message: &impl serde::Serialize) -> Vec<u8> {
     let payload = postcard::to_extend(message, Vec::new()).unwrap();
     let mut bytes = Vec::from(envelope::header(&payload));
     bytes.extend(payload);

@@ -27,11 +27,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use cloud_core::ranges::RangeSet;
 use flywheel_shared::ids::{DeviceId, Digest};
 use flywheel_shared::message::{
-    Ack, Attest, Chunk, Desired, Down, Fetch, Health, Hello, MAX_RANGES, Ranges, Refused,
-    RefusedCode, SlotReport, SlotSeen, Up, Welcome,
+    Ack, Attest, Chunk, Desired, Down, Fetch, Health, HealthTail, Hello, MAX_RANGES, Ranges,
+    Refused, RefusedCode, SlotReport, SlotSeen, Up, Welcome,
 };
 use flywheel_shared::trust::{self, Role};
-use flywheel_shared::{MAX_CHUNK, MAX_MESSAGE, WIRE_VERSION, envelope, message};
+use flywheel_shared::{MAX_CHUNK, MAX_MESSAGE, WIRE_LATEST, WIRE_VERSION, envelope, message};
 use tokio::sync::oneshot;
 use tokio::task::spawn_blocking;
 
@@ -174,7 +174,12 @@ impl Ingest {
         let malformed = RefusedCode::Malformed;
         let (payload, rest) = envelope::split(bytes, MAX_MESSAGE).map_err(|_| malformed)?;
         let (up, trailing) = postcard::take_from_bytes(payload).map_err(|_| malformed)?;
-        if !rest.is_empty() || !trailing.is_empty() {
+        let tail = match up {
+            Up::Health(_) => HealthTail::read(trailing).map_err(|_| malformed)?,
+            _ if trailing.is_empty() => None,
+            _ => return Err(malformed),
+        };
+        if !rest.is_empty() {
             return Err(malformed);
         }
         if transport == Transport::Mqtt {
@@ -183,7 +188,7 @@ impl Ingest {
         match up {
             Up::Hello(hello) => self.hello(device, &hello),
             Up::Batch(batch) => self.batch(device, key, &batch).await,
-            Up::Health(health) => self.health(device, &health).await,
+            Up::Health(health) => self.health(device, &health, tail).await,
             Up::Slot(report) => self.slot(device, &report).await,
             Up::Fetch(fetch) => self.fetch(fetch).await,
             Up::Attest(attest) => self.attest(device, attest).await,
@@ -198,7 +203,7 @@ impl Ingest {
             return Err(RefusedCode::WireVersion);
         }
         let welcome = Welcome {
-            wire_version: WIRE_VERSION,
+            wire_version: WIRE_LATEST,
             now_ms: (self.clock)(),
         };
         Ok(vec![envelope_of(&Down::Welcome(welcome))])
@@ -236,8 +241,13 @@ impl Ingest {
         Ok(acks(epoch, &numbers))
     }
 
-    async fn health(self: &Arc<Self>, device: &DeviceId, health: &Health<'_>) -> Answers {
-        let health = OwnedHealth::from(health);
+    async fn health(
+        self: &Arc<Self>,
+        device: &DeviceId,
+        health: &Health<'_>,
+        tail: Option<HealthTail>,
+    ) -> Answers {
+        let health = OwnedHealth::new(health, tail);
         let (this, device) = (self.clone(), device.clone());
         blocking(move || {
             this.fleet

@@ -35,7 +35,7 @@ async fn hello_is_answered_or_refused() {
     let answers = send(&world, &cam1.id, &hello(&cam1.id)).await;
     with_down(&answers[0], |down| {
         let welcome = Welcome {
-            wire_version: WIRE_VERSION,
+            wire_version: WIRE_LATEST,
             now_ms: NOW,
         };
         assert_eq!(down, Down::Welcome(welcome));
@@ -195,7 +195,7 @@ async fn health_is_kept_and_answered_with_what_is_wanted() {
         candidate: None,
         books: [book].into_iter().collect(),
     };
-    let bytes = up(&Up::Health(health));
+    let bytes = up(&Up::Health(health.clone()));
     let answers = send(&world, &cam1.id, &bytes).await;
     assert_eq!(answers.len(), 1);
     with_down(&answers[0], |down| {
@@ -218,6 +218,36 @@ async fn health_is_kept_and_answered_with_what_is_wanted() {
     assert_eq!((stored.health.frame, stored.received_ms), (12, NOW));
     let report = world.ingest.fleet().audit().unwrap();
     assert!(report.balanced && report.spooled == 4, "{report}");
+    // That was an agent of the first version. The next one says more, and one yet to come more
+    // than is known here.
+    assert_eq!(stored.health.dropped, None);
+    let tail = HealthTail { dropped: 300 };
+    for bytes in [
+        up(&(Up::Health(health.clone()), tail)),
+        up(&(Up::Health(health.clone()), tail, "newer")),
+    ] {
+        assert_eq!(send(&world, &cam1.id, &bytes).await.len(), 2);
+        let stored = world.ingest.fleet().health(&cam1.id).unwrap().unwrap();
+        assert_eq!(
+            (stored.health.frame, stored.health.dropped),
+            (12, Some(300))
+        );
+    }
+    // A tail that ends within a field, and a tail of what has none.
+    let piece = Fetch {
+        digest: Digest::of(b"m"),
+        offset: 0,
+        len: 1,
+    };
+    for bytes in [
+        up(&(Up::Health(health), 0x80u8)),
+        up(&(Up::Fetch(piece), tail)),
+    ] {
+        assert_eq!(
+            refused(&send(&world, &cam1.id, &bytes).await),
+            RefusedCode::Malformed
+        );
+    }
 }
 
 #[tokio::test]

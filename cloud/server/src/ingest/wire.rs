@@ -4,7 +4,7 @@
 use cloud_core::ranges::RangeSet;
 use flywheel_shared::envelope;
 use flywheel_shared::ids::Digest;
-use flywheel_shared::message::{Down, Health, OfferMessage, SlotReport, SlotState};
+use flywheel_shared::message::{Down, Health, HealthTail, OfferMessage, SlotReport, SlotState};
 use flywheel_shared::trust::{Signed, SignedRoot};
 use serde::{Deserialize, Serialize};
 
@@ -51,6 +51,9 @@ pub struct OwnedHealth {
     pub bytes_up: u64,
     /// Frames that could not be read.
     pub skipped: u64,
+    /// Frames given up because inference was behind; `None` of an agent that does not say.
+    #[serde(default)]
+    pub dropped: Option<u64>,
     /// Whether the source waits and everything flagged is acknowledged.
     pub idle: bool,
     /// Digest of the manifest of the live model.
@@ -78,8 +81,9 @@ pub struct OwnedBook {
     pub spooled: RangeSet,
 }
 
-impl From<&Health<'_>> for OwnedHealth {
-    fn from(health: &Health<'_>) -> Self {
+impl OwnedHealth {
+    /// A copy of a message.
+    pub fn new(health: &Health<'_>, tail: Option<HealthTail>) -> Self {
         let books = health.books.iter().map(|book| {
             let mut spooled = RangeSet::new();
             for (first, last) in &book.spooled {
@@ -103,6 +107,7 @@ impl From<&Health<'_>> for OwnedHealth {
             bytes_seen: health.bytes_seen,
             bytes_up: health.bytes_up,
             skipped: health.skipped,
+            dropped: tail.map(|tail| tail.dropped),
             idle: health.idle,
             live: health.live,
             sequence: health.sequence,

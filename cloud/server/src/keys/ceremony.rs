@@ -34,6 +34,18 @@ pub struct Plan {
     pub min_sequence: Option<u64>,
 }
 
+impl Plan {
+    /// One root key and a day: for demonstrations and benchmarks, which end sooner.
+    pub fn for_a_day(now_ms: u64) -> Self {
+        Self {
+            now_ms,
+            days: 1,
+            roots: None,
+            min_sequence: None,
+        }
+    }
+}
+
 /// Which keys a new trust root replaces.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {

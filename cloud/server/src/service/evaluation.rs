@@ -31,6 +31,12 @@ impl Stations<'_> {
         progress: &mut dyn FnMut(u64, u64, String),
     ) -> Result<ModelRecord, Fault> {
         let model = self.registry.find(id)?;
+        if !model.classifies() {
+            return Err(Fault::Conflict(format!(
+                "model {} is no classifier, and the golden set holds classes; promote it with --force REASON",
+                model.id
+            )));
+        }
         let golden = self.catalog.imports(Split::Golden)?;
         if golden.is_empty() {
             return Err(Fault::Conflict(
@@ -58,7 +64,18 @@ impl Stations<'_> {
             .registry
             .champion()?
             .filter(|champion| champion.id != model.id);
-        let steps = digests.len() as u64 * if champion.is_some() { 2 } else { 1 };
+        let rival = champion.as_ref().filter(|champion| champion.classifies());
+        if !model
+            .classes
+            .iter()
+            .any(|class| truth_classes.contains(class))
+        {
+            return Err(Fault::Conflict(format!(
+                "model {} knows {:?} and the golden set holds {truth_classes:?}: there is nothing to judge by; import the model with --labels, or other pictures",
+                model.id, model.classes
+            )));
+        }
+        let steps = digests.len() as u64 * if rival.is_some() { 2 } else { 1 };
         let mut done = 0;
         let mut judge = |model: &ModelRecord, who: &str| {
             self.answers(model, &digests, &mut || {
@@ -69,8 +86,8 @@ impl Stations<'_> {
             })
         };
         let candidate_answers = judge(&model, "candidate")?;
-        let champion_answers = match &champion {
-            Some(champion) => Some(judge(champion, "champion")?),
+        let rival_answers = match rival {
+            Some(rival) => Some(judge(rival, "champion")?),
             None => None,
         };
         let candidate_outcomes = outcomes(&truths, &candidate_answers);
@@ -79,8 +96,11 @@ impl Stations<'_> {
         let mut training = BTreeSet::new();
         let mut line = Some(model.clone());
         while let Some(at) = line {
-            let dataset = self.catalog.find(&at.dataset)?.1;
-            training.extend(dataset.items.iter().map(|item| item.digest));
+            // What others trained on is theirs to know.
+            if at.origin.is_none() {
+                let dataset = self.catalog.find(&at.dataset)?.1;
+                training.extend(dataset.items.iter().map(|item| item.digest));
+            }
             line = match at.parent.as_deref() {
                 Some(parent) => Some(self.registry.find(parent)?),
                 None => None,
@@ -98,10 +118,9 @@ impl Stations<'_> {
             .map(|(at, (digest, class))| gate::Case {
                 digest: *digest,
                 class: *class,
-                champion: champion
-                    .as_ref()
-                    .zip(champion_answers.as_ref())
-                    .is_some_and(|(champion, answers)| right(champion, answers, at)),
+                champion: rival
+                    .zip(rival_answers.as_ref())
+                    .is_some_and(|(rival, answers)| right(rival, answers, at)),
                 candidate: right(&model, &candidate_answers, at),
             })
             .collect();
@@ -111,7 +130,7 @@ impl Stations<'_> {
                 classes: &truth_classes,
                 cases: &cases,
                 slices: &[],
-                has_champion: champion.is_some(),
+                has_champion: rival.is_some(),
                 // Not measured here: on a server that does other things at the same time it
                 // would make the verdict a matter of luck. Devices bound it on trial.
                 latency_us: (0, 0),

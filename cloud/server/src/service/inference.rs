@@ -31,16 +31,16 @@ impl Inference {
     /// If a part is missing or the engine refuses it.
     pub fn load(store: &Store, model: &ModelRecord) -> Result<Self, Fault> {
         let onnx = blob(store, &model.part(PartKind::Onnx)?.digest)?;
-        let labels = model.labels();
-        Self::from_onnx(&onnx, model, &labels)
+        Self::from_onnx(&onnx, model)
     }
 
     /// Loads an ONNX file that is not a part yet.
     ///
     /// # Errors
     /// If the engine refuses it.
-    pub fn from_onnx(onnx: &[u8], model: &ModelRecord, labels: &str) -> Result<Self, Fault> {
-        let spec = model.spec(labels);
+    pub fn from_onnx(onnx: &[u8], model: &ModelRecord) -> Result<Self, Fault> {
+        let labels = model.labels();
+        let spec = model.spec(&labels);
         let plan = device_engine::load(
             EngineKind::Tract,
             &ModelBytes {
@@ -122,6 +122,8 @@ impl Scorer {
     pub fn score(&mut self, logits: &[f32], embedding: &[f32]) -> Result<Scores, Fault> {
         let params = Params::view(self.shape, &self.values)
             .map_err(|error| Fault::Internal(format!("score parameters: {error}")))?;
+        // Without statistics of the embedding, scores fall back to the logits.
+        let embedding = &embedding[..usize::from(self.shape.dim).min(embedding.len())];
         score(logits, embedding, &params, &mut self.scratch)
             .map_err(|error: ScoreError| Fault::Internal(format!("score: {error}")))
     }

@@ -17,11 +17,44 @@ use crate::cloud::Cloud;
 use crate::store::Store;
 
 const JOBS: &str = "jobs";
+/// Longest key of a request in bytes.
+const MAX_KEY: usize = 64;
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 enum Work {
     Train(TrainRequest),
     Eval(EvalRequest),
+}
+
+impl Work {
+    /// What its client calls it.
+    fn key(&self) -> Option<&str> {
+        match self {
+            Self::Train(request) => request.key.as_deref(),
+            Self::Eval(request) => request.key.as_deref(),
+        }
+    }
+}
+
+/// The job that a request started that is now sent again; `None` if it is new.
+fn started(jobs: &[JobRecord], work: &Work) -> Result<Option<u64>, Fault> {
+    let Some(key) = work.key() else {
+        return Ok(None);
+    };
+    if key.is_empty() || key.len() > MAX_KEY {
+        return Err(Fault::Invalid(format!(
+            "key: {} characters; give 1 to {MAX_KEY}, or none",
+            key.len()
+        )));
+    }
+    match jobs.iter().find(|job| job.work.key() == Some(key)) {
+        None => Ok(None),
+        Some(job) if job.work == *work => Ok(Some(job.number)),
+        Some(job) => Err(Fault::Conflict(format!(
+            "key: {key:?} is that of job {}, which was asked for something else; choose another",
+            job.number
+        ))),
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -166,13 +199,18 @@ impl Jobs {
         let jobs = &cloud.jobs;
         let job = {
             let _one_at_a_time = lock(&jobs.creating);
-            let number = cloud
+            let known: Vec<JobRecord> = cloud
                 .store
                 .scan::<JobRecord>(JOBS, &[])?
-                .last()
-                .map_or(1, |(_, job)| job.number + 1);
+                .into_iter()
+                .map(|(_, job)| job)
+                .collect();
+            // The answer to the first may have been lost, with the server that was to send it.
+            if let Some(number) = started(&known, &work)? {
+                return jobs.view(&number.to_string());
+            }
             let job = JobRecord {
-                number,
+                number: known.last().map_or(1, |job| job.number + 1),
                 work,
                 outcome: Outcome::Running,
                 created_ms: now_ms(),
@@ -272,4 +310,40 @@ fn run(
         )?,
     };
     Ok(model.id)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn job(number: u64, key: Option<&str>, seed: u64) -> JobRecord {
+        JobRecord {
+            number,
+            work: Work::Train(TrainRequest {
+                dataset: "3fa92c".to_owned(),
+                seed: Some(seed),
+                steps: None,
+                scratch: None,
+                head: None,
+                key: key.map(str::to_owned),
+            }),
+            outcome: Outcome::Running,
+            created_ms: 0,
+            ended_ms: 0,
+        }
+    }
+
+    #[test]
+    fn a_request_that_is_sent_again_starts_nothing() {
+        let jobs = [job(1, None, 7), job(2, Some("a"), 7), job(3, Some("b"), 7)];
+        let find = |key, seed| started(&jobs, &job(0, key, seed).work);
+        assert_eq!(find(Some("a"), 7).unwrap(), Some(2));
+        assert_eq!(find(Some("c"), 7).unwrap(), None);
+        // Without a key every request is a new one.
+        assert_eq!(find(None, 7).unwrap(), None);
+        assert!(matches!(find(Some("b"), 8), Err(Fault::Conflict(_))));
+        assert!(matches!(find(Some(""), 7), Err(Fault::Invalid(_))));
+        let long = "k".repeat(MAX_KEY + 1);
+        assert!(matches!(find(Some(&long), 7), Err(Fault::Invalid(_))));
+    }
 }

@@ -5,6 +5,7 @@ pub mod catalog;
 pub mod evaluation;
 pub mod inference;
 pub mod jobs;
+pub mod packages;
 pub mod queue;
 pub mod registry;
 pub mod rollouts;

@@ -85,6 +85,15 @@ struct Answer {
     prediction: Prediction,
 }
 
+/// Whether anybody may take an item: it waits, or who had it let the lease run out.
+fn is_free(status: &Status, now_ms: u64) -> bool {
+    match status {
+        Status::Pending { .. } => true,
+        Status::Leased { until_ms, .. } => *until_ms <= now_ms,
+        Status::Labelled { .. } | Status::Skipped { .. } => false,
+    }
+}
+
 impl Labelling {
     /// The queue in a store.
     ///
@@ -248,7 +257,7 @@ impl Labelling {
     pub fn stats(&self, registry: &Registry, catalog: &Catalog) -> Result<QueueStats, Fault> {
         self.follow()?;
         let mut classes = registry
-            .champion()?
+            .classifier()?
             .map(|champion| champion.classes)
             .unwrap_or_default();
         let imported: BTreeSet<String> = catalog
@@ -325,11 +334,8 @@ impl Labelling {
 
     /// Leases an item that nobody holds, so that one can be answered by number.
     fn claim_if_free(&self, state: &mut State, worker: &str, item: ItemId) -> Result<(), Fault> {
-        let waits = state
-            .queue
-            .item(item)
-            .is_some_and(|item| matches!(item.status, Status::Pending { .. }));
-        if waits {
+        let known = state.queue.item(item);
+        if known.is_some_and(|item| is_free(&item.status, now_ms())) {
             self.execute(
                 state,
                 &Command::Claim {
@@ -366,7 +372,7 @@ impl Labelling {
     }
 
     fn rank_if_stale(&self, registry: &Registry, catalog: &Catalog) -> Result<(), Fault> {
-        let champion = registry.champion()?;
+        let champion = registry.classifier()?;
         let mut scored = lock(&self.scored);
         let pending: Vec<(ItemId, SampleMeta)> = {
             let state = lock(&self.state);
@@ -657,5 +663,26 @@ impl State {
             class,
             lease_until_ms,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lease_that_ran_out_holds_nothing() {
+        let leased = Status::Leased {
+            worker: "ann".to_owned(),
+            until_ms: 1000,
+        };
+        assert!(!is_free(&leased, 999));
+        assert!(is_free(&leased, 1000));
+        assert!(is_free(&Status::Pending { last_holder: None }, 0));
+        let skipped = Status::Skipped {
+            worker: "ann".to_owned(),
+            reason: "dark".to_owned(),
+        };
+        assert!(!is_free(&skipped, u64::MAX));
     }
 }

@@ -13,6 +13,7 @@ use flywheel_shared::trust::{
 };
 use serde::{Deserialize, Serialize};
 
+use super::packages::Origin;
 use super::roots::Roots;
 use super::{Fault, by_prefix, now_ms};
 use crate::api::types::{GateView, ManifestView, ModelView, PromoteRequest, ReportView};
@@ -53,6 +54,9 @@ pub struct ModelRecord {
     pub gate: Option<GateView>,
     /// Its release, once promoted.
     pub release: Option<Release>,
+    /// What it says of itself, if it was not trained here.
+    #[serde(default)]
+    pub origin: Option<Origin>,
 }
 
 /// A signed manifest.
@@ -95,14 +99,24 @@ impl ModelRecord {
     }
 
     /// The spec over `labels`, which must be [`Self::labels`].
-    pub fn spec<'a>(&self, labels: &'a str) -> ModelSpec<'a> {
+    pub fn spec<'a>(&'a self, labels: &'a str) -> ModelSpec<'a> {
+        let (arch, task) = match &self.origin {
+            Some(origin) => (origin.arch.as_str(), origin.task),
+            None => (flywheel_models::ARCH, Task::Classify(ClassOutput::Logits)),
+        };
         ModelSpec {
-            arch: flywheel_models::ARCH,
+            arch,
             labels,
             input: self.input,
             embedding: self.net.embedding as u16,
-            task: Task::Classify(ClassOutput::Logits),
+            task,
         }
+    }
+
+    /// Whether it gives a picture one class, which is what queue, training and gate work with.
+    pub fn classifies(&self) -> bool {
+        let origin = self.origin.as_ref();
+        origin.is_none_or(|origin| matches!(origin.task, Task::Classify(_)))
     }
 }
 
@@ -132,6 +146,19 @@ impl Registry {
         self.store.put(MODELS, model.id.as_bytes(), model)?;
         self.store.flush()?;
         Ok(())
+    }
+
+    /// Stores a new model; the same one again keeps what is known about it.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub fn keep(&self, model: ModelRecord) -> Result<ModelRecord, Fault> {
+        let _one_at_a_time = super::lock(&self.promoting);
+        if let Some(known) = self.store.get(MODELS, model.id.as_bytes())? {
+            return Ok(known);
+        }
+        self.save(&model)?;
+        Ok(model)
     }
 
     /// Notes an evaluation; everything else that is known about the model stays.
@@ -194,6 +221,14 @@ impl Registry {
             Some(id) => Ok(self.store.get(MODELS, id.as_bytes())?),
             None => Ok(None),
         }
+    }
+
+    /// The champion, if it is a classifier.
+    ///
+    /// # Errors
+    /// If the store can't be read.
+    pub fn classifier(&self) -> Result<Option<ModelRecord>, Fault> {
+        Ok(self.champion()?.filter(ModelRecord::classifies))
     }
 
     /// The model of a signed manifest.
@@ -433,6 +468,7 @@ impl Registry {
             sequence: model.release.as_ref().map(|release| release.sequence),
             champion: champion.as_deref() == Some(model.id.as_str()),
             created_ms: model.created_ms,
+            name: model.origin.as_ref().map(|origin| origin.name.clone()),
             dataset: model.dataset.clone(),
             parent: model.parent.clone(),
             seed: model.seed,

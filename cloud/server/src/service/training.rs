@@ -88,14 +88,8 @@ impl Stations<'_> {
         let mut validation = Vec::new();
         let mut pseudo = Vec::new();
         for item in &dataset.items {
-            let picture = match self.picture(&item.digest) {
-                // Small before the next one is read: photographs at full size fill any memory.
-                Ok(picture) => picture.at_most(2 * MAX_INPUT)?,
-                Err(Fault::Damaged(why)) => {
-                    tracing::warn!(%why, "left out of training");
-                    continue;
-                }
-                Err(fault) => return Err(fault),
+            let Some(picture) = self.small(&item.digest)? else {
+                continue;
             };
             let labelled = Labelled {
                 picture,
@@ -112,9 +106,10 @@ impl Stations<'_> {
             None
         } else {
             // A champion whose classes are not the first ones of the dataset can't be grown.
-            self.registry
-                .champion()?
-                .filter(|champion| dataset.classes.starts_with(&champion.classes))
+            // Nor can one that was made elsewhere.
+            self.registry.champion()?.filter(|champion| {
+                champion.origin.is_none() && dataset.classes.starts_with(&champion.classes)
+            })
         };
         let (net, input) = match &champion {
             Some(champion) => (
@@ -201,9 +196,10 @@ impl Stations<'_> {
             report: None,
             gate: None,
             release: None,
+            origin: None,
         };
         let labels = model.labels();
-        let mut inference = Inference::from_onnx(&trained.onnx, &model, &labels)?;
+        let mut inference = Inference::from_onnx(&trained.onnx, &model)?;
         let scores = self.fit_scores(&mut inference, &model, &train, validation)?;
         let golden = golden_inputs(&mut inference, &train, &model)?;
         let spec = encode(&model.spec(&labels))?;
@@ -222,15 +218,7 @@ impl Stations<'_> {
             });
         }
         model.id = ModelRecord::id_of(&model.parts);
-        // The same model again keeps what is known about it.
-        match self.registry.find(&model.id) {
-            Ok(known) => Ok(known),
-            Err(Fault::NotFound(_)) => {
-                self.registry.save(&model)?;
-                Ok(model)
-            }
-            Err(fault) => Err(fault),
-        }
+        self.registry.keep(model)
     }
 
     /// Score parameters: class statistics from what was trained on, temperature and conformal
@@ -244,13 +232,13 @@ impl Stations<'_> {
     ) -> Result<Vec<u8>, Fault> {
         let mut held_out = validation;
         for import in self.catalog.imports(Split::Calibration)? {
-            if let Some(class) = model
-                .classes
-                .iter()
-                .position(|class| *class == import.class)
-            {
+            let mut classes = model.classes.iter();
+            let Some(class) = classes.position(|class| *class == import.class) else {
+                continue;
+            };
+            if let Some(picture) = self.small(&import.digest)? {
                 held_out.push(Labelled {
-                    picture: self.picture(&import.digest)?,
+                    picture,
                     class: class as u32,
                     from_device: false,
                 });
@@ -277,6 +265,19 @@ impl Stations<'_> {
             shrinkage: None,
         })
         .map_err(|error| Fault::Internal(format!("fitting the scores: {error}")))
+    }
+
+    /// A picture as small as training can do with, before the next one is read: photographs at full
+    /// size fill any memory. `None`, with a warning, for a damaged one.
+    fn small(&self, digest: &Digest) -> Result<Option<Picture>, Fault> {
+        match self.picture(digest) {
+            Ok(picture) => Ok(Some(picture.at_most(2 * MAX_INPUT)?)),
+            Err(Fault::Damaged(why)) => {
+                tracing::warn!(%why, "left out of training");
+                Ok(None)
+            }
+            Err(fault) => Err(fault),
+        }
     }
 
     /// A picture of a dataset, wherever it came from.

@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use device_engine::EngineKind;
+use device_engine::{EngineKind, onnx_runtime};
 use flywheel_shared::trust::PartKind;
 
 pub use model::open as open_model;
@@ -61,9 +61,12 @@ pub struct BenchArgs {
     /// a classifier; without it an untrained network of the built-in architecture.
     #[arg(long, value_name = "DIR|FILE")]
     pub model: Option<PathBuf>,
-    /// tract, burn-flex, burn-ndarray, auto (the fastest that works), or all.
+    /// tract, burn-flex, burn-ndarray, ort, auto (the fastest that works), or all.
     #[arg(long, value_name = "NAME", default_value = "all")]
     pub engine: Engines,
+    /// Shared library of ONNX Runtime, for the engine ort; FLYWHEEL_ORT_LIBRARY if absent.
+    #[arg(long, value_name = "FILE")]
+    pub ort_library: Option<PathBuf>,
     /// Frames to measure, after a warm-up.
     #[arg(long, value_name = "N", default_value_t = 2000)]
     pub frames: u64,
@@ -95,6 +98,9 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     let started = Instant::now();
     if args.fps.is_some_and(|fps| !(fps > 0.0 && fps.is_finite())) {
         bail!("--fps must be a number above 0");
+    }
+    if let Some(library) = &args.ort_library {
+        onnx_runtime::open(Some(library)).context("--ort-library")?;
     }
     let package = model::open(args.model.as_deref())?;
     if let Some(folder) = &args.export {
@@ -133,7 +139,7 @@ pub fn measure(args: &BenchArgs, package: &Package) -> Result<Report> {
     let mut engines = Vec::new();
     match args.engine {
         Engines::All => {
-            for kind in EngineKind::ALL {
+            for &kind in EngineKind::ALL {
                 engines.push(one(args, package, &source, kind)?);
             }
         }

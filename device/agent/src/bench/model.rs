@@ -174,7 +174,7 @@ fn neutral_scores(spec: &ModelSpec<'_>) -> Result<Vec<u8>> {
 /// Noise, with the answers of the first engine that loads the model.
 fn golden(model: &ModelBytes<'_>) -> Result<Vec<u8>> {
     let mut plan = Err(None);
-    for kind in EngineKind::ALL {
+    for &kind in EngineKind::ALL {
         match load(kind, model) {
             Ok(loaded) => {
                 plan = Ok(loaded);

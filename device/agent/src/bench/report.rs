@@ -5,6 +5,8 @@ use std::fs;
 
 use serde::Serialize;
 
+use crate::metrics::expose::status_kib;
+
 /// Everything that was measured.
 #[derive(Debug, Serialize)]
 pub struct Report {
@@ -181,18 +183,7 @@ pub struct OperatorReport {
 /// Resident memory now and at most, in KiB; zeros where there is no `/proc`.
 pub fn memory() -> (u64, u64) {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let field = |name: &str| {
-        status
-            .lines()
-            .find_map(|line| {
-                line.strip_prefix(name)?
-                    .split_whitespace()
-                    .next()?
-                    .parse()
-                    .ok()
-            })
-            .unwrap_or(0)
-    };
+    let field = |name| status_kib(&status, name).unwrap_or(0);
     (field("VmRSS:"), field("VmHWM:"))
 }
 

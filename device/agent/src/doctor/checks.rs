@@ -191,6 +191,19 @@ pub fn source(config: &Config, running: bool) -> Check {
     )
 }
 
+/// Whether the chosen engine can be had.
+pub fn engine(config: &Config) -> Check {
+    let name = "engine";
+    match config.engine.prepare(config.ort_library.as_deref()) {
+        Ok(()) => Check::ok(name, config.engine.name()),
+        Err(error) => Check::fail(
+            name,
+            error.to_string(),
+            "mend `ort_library`, or choose another `engine`",
+        ),
+    }
+}
+
 /// Whether the live model answers its golden inputs on the configured engine.
 pub fn model(config: &Config, identity: &Identity, state: Option<&State>, running: bool) -> Check {
     let name = "model";

@@ -133,6 +133,7 @@ pub fn examine(path: &Path, now_ms: u64) -> Result<Report, ConfigError> {
     let mut list = vec![Check::ok("config", path.display().to_string())];
     list.push(checks::folder(&config.data));
     list.push(checks::space(&config));
+    list.push(checks::engine(&config));
     let identity = match Identity::load(&config.data) {
         Ok(identity) => {
             list.push(checks::identity(&identity, now_ms));

@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 
 use device_core::slot::Report;
 use device_engine::EngineKind;
+use flywheel_shared::WIRE_VERSION;
 use flywheel_shared::ids::Digest;
-use flywheel_shared::message::{Health, SlotReport, Up};
+use flywheel_shared::message::{Health, HealthTail, SlotReport, Up};
 
 use crate::config::Config;
 use crate::shared::{Shared, lock};
@@ -33,6 +34,8 @@ pub struct Reporter {
     interval: Duration,
     next_health: Instant,
     last_at_ms: u64,
+    /// What the cloud understands.
+    cloud: u16,
     told: Option<Summary>,
     reported: Option<(Report, Instant)>,
 }
@@ -48,13 +51,16 @@ impl Reporter {
             interval: Duration::from_millis(config.health_interval_ms),
             next_health: now,
             last_at_ms: 0,
+            cloud: WIRE_VERSION,
             told: None,
             reported: None,
         }
     }
 
-    /// What was told on the last connection may not have arrived.
-    pub(super) fn new_connection(&mut self) {
+    /// The cloud has welcomed the device and said what it understands. What was told on the last
+    /// connection may not have arrived.
+    pub fn welcomed(&mut self, wire_version: u16) {
+        self.cloud = wire_version;
         self.told = None;
         self.reported = None;
     }
@@ -110,7 +116,7 @@ impl Reporter {
         let books = lock(&shared.spool).books(at_ms)?;
         self.last_at_ms = at_ms;
         self.told = Some(summary);
-        Ok(wire::envelope(&Up::Health(Health {
+        let health = Up::Health(Health {
             at_ms,
             agent: env!("CARGO_PKG_VERSION"),
             hardware: &self.hardware,
@@ -126,7 +132,14 @@ impl Reporter {
             sequence,
             candidate: summary.candidate,
             books,
-        })))
+        });
+        let tail = HealthTail {
+            dropped: status.progress.dropped,
+        };
+        Ok(match self.cloud {
+            0..=1 => wire::envelope(&health),
+            _ => wire::envelope(&(health, tail)),
+        })
     }
 
     /// The slot report that is due, if one is.

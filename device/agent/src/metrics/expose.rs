@@ -226,19 +226,16 @@ fn machine(out: &mut String) {
         "Processor time of the agent.",
     );
     sample(out, "process_cpu_seconds_total", &[], cpu_us() as f64 / 1e6);
-    let temperatures = temperatures();
-    if !temperatures.is_empty() {
-        let name = "flywheel_temperature_celsius";
-        head(
-            out,
-            name,
-            "gauge",
-            "Temperature by thermal zone of the board.",
-        );
-        for sensor in temperatures {
-            let labels = [("zone", sensor.zone.as_str()), ("type", &sensor.kind)];
-            sample(out, name, &labels, sensor.celsius);
-        }
+    let name = "flywheel_temperature_celsius";
+    head(
+        out,
+        name,
+        "gauge",
+        "Temperature by thermal zone of the board; absent where it tells none.",
+    );
+    for sensor in temperatures() {
+        let labels = [("zone", sensor.zone.as_str()), ("type", &sensor.kind)];
+        sample(out, name, &labels, sensor.celsius);
     }
 }
 
@@ -271,15 +268,13 @@ fn sample(out: &mut String, name: &str, labels: &[(&str, &str)], value: f64) {
 /// Resident memory of this process; `None` where `/proc` is missing.
 pub fn resident_bytes() -> Option<u64> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
-    parse_resident(&status)
+    Some(1024 * status_kib(&status, "VmRSS:")?)
 }
 
-fn parse_resident(status: &str) -> Option<u64> {
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmRSS:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib * 1024)
+/// A size in the text of `/proc/self/status`, in KiB; `name` ends with its colon.
+pub(crate) fn status_kib(status: &str, name: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+    line.trim().strip_suffix("kB")?.trim().parse().ok()
 }
 
 /// What the kernel's thermal zones say; empty on a machine without.
@@ -400,8 +395,9 @@ mod tests {
 
     #[test]
     fn memory_is_read_in_kib() {
-        assert_eq!(parse_resident("Name:\tx\nVmRSS:\t   12 kB\n"), Some(12_288));
-        assert_eq!(parse_resident("Name:\tx\n"), None);
+        let status = "Name:\tx\nVmRSS:\t   12 kB\n";
+        assert_eq!(status_kib(status, "VmRSS:"), Some(12));
+        assert_eq!(status_kib(status, "VmHWM:"), None);
         assert!(resident_bytes().is_some_and(|bytes| bytes > 100_000));
     }
 }

@@ -2,10 +2,11 @@
 //! those that give the signed answers, found out on the device itself.
 
 use std::fmt;
+use std::path::Path;
 use std::str::FromStr;
 use std::time::Instant;
 
-use device_engine::{EngineError, EngineKind, UnknownEngine};
+use device_engine::{EngineError, EngineKind, UnknownEngine, onnx_runtime};
 use thiserror::Error;
 
 use super::package::Package;
@@ -35,6 +36,25 @@ impl EngineChoice {
         match self {
             Self::Fixed(kind) => kind.name(),
             Self::Auto => "auto",
+        }
+    }
+
+    /// Makes ready what an engine needs besides models: ONNX Runtime's library, which `library`
+    /// names, or else the environment.
+    ///
+    /// # Errors
+    /// If this very engine is chosen and cannot be had. With `auto` that is only logged, and the
+    /// others are left.
+    pub fn prepare(self, library: Option<&Path>) -> Result<(), EngineError> {
+        match self {
+            Self::Fixed(EngineKind::Ort) => onnx_runtime::open(library),
+            Self::Auto if library.is_some() => {
+                if let Err(error) = onnx_runtime::open(library) {
+                    tracing::warn!(%error, "one engine less to choose from");
+                }
+                Ok(())
+            }
+            Self::Fixed(_) | Self::Auto => Ok(()),
         }
     }
 
@@ -111,7 +131,7 @@ pub struct Trial {
 pub fn fastest(package: &Package) -> (Option<Runner>, Vec<Trial>) {
     let mut best: Option<(u64, Runner)> = None;
     let mut trials = Vec::new();
-    for engine in EngineKind::ALL {
+    for &engine in EngineKind::ALL {
         let result = Runner::load(engine, package).and_then(|mut runner| {
             // The first pass warms up.
             runner.prove(package)?;

@@ -97,9 +97,8 @@ pub struct Runner {
     logits: Vec<f32>,
     heads: Vec<f32>,
     embedding: Vec<f32>,
-    /// Detections of the last frame, then near misses.
+    /// Room for the detections of a frame and its near misses.
     candidates: Vec<Detection>,
-    detected: usize,
     /// Class scores that stand for a frame's detections, or for no class at all.
     class_scores: Vec<f32>,
     scratch: Vec<f32>,
@@ -175,7 +174,6 @@ impl Runner {
             heads: vec![0.0; plan.heads_len()],
             class_scores: vec![0.0; classes],
             candidates,
-            detected: 0,
             plan,
             shape,
             params,
@@ -253,7 +251,6 @@ impl Runner {
                     &mut self.candidates,
                 )
                 .map_err(|source| RunnerError::Detect { model, source })?;
-                self.detected = found.detections;
                 detect::score(
                     &self.candidates[..found.candidates],
                     detector.threshold,
@@ -271,11 +268,6 @@ impl Runner {
             Task::Embed => score(&self.class_scores, embedding, &params, &mut self.scratch),
         }
         .map_err(scored)
-    }
-
-    /// The boxes of the last frame, most confident first; none for a model that finds no boxes.
-    pub fn detections(&self) -> &[Detection] {
-        &self.candidates[..self.detected]
     }
 
     fn run(&mut self, frame: &Frame<'_>, meter: &mut Meter) -> Result<(), RunnerError> {

@@ -30,6 +30,8 @@ use flywheel_shared::trust::{KeyId, TrialBounds, TrustRoot};
 
 /// Frames a second.
 pub const FPS: f32 = 30.0;
+/// How long the frame loop sleeps at most before it looks again, in µs.
+const LOOK_AGAIN_US: u64 = 250_000;
 const SIDE: u16 = 8;
 const SPEC: ModelSpec<'static> = ModelSpec {
     arch: "fake",
@@ -346,9 +348,14 @@ pub struct Device {
 
 impl Device {
     pub fn new(setup: &Setup) -> Self {
+        Self::at(setup, FPS)
+    }
+
+    /// A device whose camera gives `fps` frames a second.
+    pub fn at(setup: &Setup, fps: f32) -> Self {
         let data = tempfile::tempdir().unwrap();
         let text = format!(
-            "data = \"d\"\nsource = \"camera\"\npace = {FPS:?}\n{}",
+            "data = \"d\"\nsource = \"camera\"\npace = {fps:?}\n{}",
             setup.extra
         );
         let config = Config::parse(Path::new("agent.toml"), &text).unwrap();
@@ -377,12 +384,12 @@ impl Device {
             frames: setup.frames,
             bad_every: setup.bad_every,
         };
-        let capturer = Capturer::new(Box::new(source), FPS, 0, setup.waiting);
+        let capturer = Capturer::new(Box::new(source), fps, 0, setup.waiting);
         let live = net(&world, 0, setup.live);
         let feed = Feed::Shelf(capturer.shelf());
         let pipeline = Pipeline::new(
             &config,
-            Pace::Fps(FPS),
+            Pace::Fps(fps),
             feed,
             Some(live),
             Arc::clone(&shared),
@@ -419,10 +426,9 @@ impl Device {
             Turn::WaitUntil(at_us) => at_us.min(self.camera_at_ms * 1000),
             Turn::Await { .. } => self.camera_at_ms * 1000,
         };
-        assert!(
-            next_us > World::get(&self.world.now_us),
-            "time stands still"
-        );
+        let now_us = World::get(&self.world.now_us);
+        assert!(next_us > now_us, "time stands still");
+        let next_us = next_us.min(now_us + LOOK_AGAIN_US);
         self.world.now_us.store(next_us, Ordering::Relaxed);
         true
     }

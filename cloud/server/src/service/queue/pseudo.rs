@@ -35,7 +35,7 @@ impl Labelling {
             )));
         }
         self.follow()?;
-        let Some(champion) = registry.champion()?.filter(|_| above < 1.0) else {
+        let Some(champion) = registry.classifier()?.filter(|_| above < 1.0) else {
             return Ok(Vec::new());
         };
         let mut scored = lock(&self.scored);
