@@ -360,14 +360,35 @@ pub fn check(
 
 /// The digest that a device signs for a batch.
 pub fn batch_digest(device: &DeviceId, epoch: u32, count: u16, records: &[u8]) -> Digest {
-    let id = device.as_str().as_bytes();
-    let mut hash = Sha256::new();
-    hash.update([id.len() as u8]);
-    hash.update(id);
-    hash.update(epoch.to_le_bytes());
-    hash.update(count.to_le_bytes());
+    let mut hash = BatchHash::new(device, epoch, count);
     hash.update(records);
-    Digest(hash.finalize().into())
+    hash.digest()
+}
+
+/// [`batch_digest`] of records that are never in memory as a whole.
+pub struct BatchHash(Sha256);
+
+impl BatchHash {
+    /// Of a batch with no records yet.
+    pub fn new(device: &DeviceId, epoch: u32, count: u16) -> Self {
+        let id = device.as_str().as_bytes();
+        let mut hash = Sha256::new();
+        hash.update([id.len() as u8]);
+        hash.update(id);
+        hash.update(epoch.to_le_bytes());
+        hash.update(count.to_le_bytes());
+        Self(hash)
+    }
+
+    /// Takes the next piece of the records.
+    pub fn update(&mut self, piece: &[u8]) {
+        self.0.update(piece);
+    }
+
+    /// The digest of all of them.
+    pub fn digest(self) -> Digest {
+        Digest(self.0.finalize().into())
+    }
 }
 
 /// Domain prefix and digest: the 56 bytes that ed25519 sees.

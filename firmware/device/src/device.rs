@@ -12,16 +12,18 @@ use device_core::trigger::{Flag, Observation, Trigger, TriggerConfig, TriggerErr
 use device_core::uplink::{self, Uplink, UplinkConfig};
 use embedded_storage::nor_flash::NorFlash;
 use flywheel_shared::envelope;
-use flywheel_shared::ids::{DeviceId, Digest};
+use flywheel_shared::ids::{DEVICE_ID_MAX, DeviceId, Digest};
 use flywheel_shared::message::{Codec, Down, EpochBook, Hello, OfferMessage, Sample, Scores, Up};
-use flywheel_shared::trust::{Judge, TrustRoot};
+use flywheel_shared::trust::{BatchHash, Judge, TrustRoot};
 use flywheel_shared::{MAX_MESSAGE, WIRE_VERSION};
 
-use crate::batch::{HEAD_MAX, SIGNATURE_MAX, batch};
+use crate::batch::{head, tail};
 use crate::{Answer, DIM, Input, Link, Timed};
 
 /// Steps that one input may lead to before something is wrong.
 const CHAIN: usize = 64;
+/// Longest hello in bytes, envelope included: a variant, a device id and two numbers.
+const HELLO: usize = envelope::HEADER + 1 + (1 + DEVICE_ID_MAX) + 3 + 5;
 
 /// Who the device is and whom it believes.
 #[derive(Clone, Debug)]
@@ -39,7 +41,7 @@ pub struct Identity {
 pub struct Config {
     /// The trigger's.
     pub trigger: TriggerConfig,
-    /// The uplink's. A batch is never longer than the buffer.
+    /// The uplink's. A batch must have room for the longest record of a slot.
     pub uplink: UplinkConfig,
     /// Bytes of a spool slot.
     pub slot_bytes: u32,
@@ -47,8 +49,12 @@ pub struct Config {
 
 /// What the device asks of the hardware around it.
 pub trait Board {
-    /// Sends a message, envelope included.
-    fn send(&mut self, message: &[u8]);
+    /// A message of `len` bytes, envelope included, follows in pieces.
+    fn begin(&mut self, len: usize);
+
+    /// Sends the next piece of it. Should the spool's flash fail between two pieces, `connect(false)`
+    /// comes in place of the next.
+    fn send(&mut self, piece: &[u8]);
 
     /// Opens or closes the link; what became of it comes as [`Input::Link`].
     fn connect(&mut self, up: bool);
@@ -120,14 +126,12 @@ pub struct Device<'a, F, const N: usize> {
     spool: Spool<F, N>,
     uplink: Uplink,
     slot: Slot,
-    buffer: &'a mut [u8],
     counts: Counts,
 }
 
 impl<'a, F: NorFlash, const N: usize> Device<'a, F, N> {
     /// Starts, in `place`, with the spool that lies in `flash` and the slot record that the board
-    /// has kept. `buffer` is where messages are built: a slot and [`HEAD_MAX`] and
-    /// [`SIGNATURE_MAX`] bytes.
+    /// has kept.
     ///
     /// # Errors
     /// [`Failure::Trigger`] or [`Failure::Spool`].
@@ -137,13 +141,11 @@ impl<'a, F: NorFlash, const N: usize> Device<'a, F, N> {
         (identity, params, config): (&'a Identity, Params<'a>, Config),
         record: SlotRecord,
         flash: F,
-        buffer: &'a mut [u8],
     ) -> Result<Recovery, Failure> {
         let range = 0..flash.capacity() as u32;
         let (spool, recovery) = Spool::open(flash, range, config.slot_bytes)?;
-        // A record that fits a slot must fit the buffer, or the spool would never be empty again.
-        let longest = (config.slot_bytes - OVERHEAD) as usize;
-        if buffer.len() < HEAD_MAX + longest + SIGNATURE_MAX {
+        // A record that fits a slot must fit a batch, or the spool would never be empty again.
+        if config.uplink.batch_bytes < config.slot_bytes - OVERHEAD {
             return Err(Failure::Spool);
         }
         *place = Some(Self {
@@ -154,7 +156,6 @@ impl<'a, F: NorFlash, const N: usize> Device<'a, F, N> {
             spool,
             uplink: Uplink::new(config.uplink),
             slot: Slot::new(record),
-            buffer,
             counts: Counts::default(),
         });
         Ok(recovery)
@@ -164,6 +165,7 @@ impl<'a, F: NorFlash, const N: usize> Device<'a, F, N> {
     ///
     /// # Errors
     /// [`Failure::Endless`], which would be a bug.
+    #[inline(never)] // What is called from outside is kept apart from what calls it.
     pub fn boot(&mut self, board: &mut impl Board) -> Result<(), Failure> {
         self.slot(slot::Event::Boot, board)
     }
@@ -172,6 +174,7 @@ impl<'a, F: NorFlash, const N: usize> Device<'a, F, N> {
     ///
     /// # Errors
     /// [`Failure`]; whatever was flagged is in the books all the same.
+    #[inline(never)] // See `boot`.
     pub fn take(&mut self, timed: &Timed<'_>, board: &mut impl Board) -> Result<(), Failure> {
         let &Timed {
             now_ms,
@@ -417,8 +420,11 @@ impl<'a, F: NorFlash, const N: usize> Device<'a, F, N> {
                 }));
             }
             uplink::Action::SendHello => self.hello(board)?,
-            uplink::Action::Send { max_records, .. } => {
-                let records = self.send(max_records, board)?;
+            uplink::Action::Send {
+                max_records,
+                max_bytes,
+            } => {
+                let records = self.send(max_records, max_bytes, board)?;
                 return Ok(Some(uplink::Event::Sent { records }));
             }
             // A health message needs facts that the board has; it sends them itself.
@@ -433,34 +439,45 @@ impl<'a, F: NorFlash, const N: usize> Device<'a, F, N> {
             wire_version: WIRE_VERSION,
             epoch: self.spool.epoch(),
         });
-        let (header, payload) = self
-            .buffer
-            .split_at_mut_checked(envelope::HEADER)
-            .ok_or(Failure::Message)?;
-        let len = postcard::to_slice(&hello, payload)
-            .map_err(|_| Failure::Message)?
-            .len();
-        header.copy_from_slice(&envelope::header(&payload[..len]));
-        board.send(&self.buffer[..envelope::HEADER + len]);
+        let mut bytes = [0; HELLO];
+        let message = envelope::seal(&hello, &mut bytes).ok_or(Failure::Message)?;
+        board.begin(message.len());
+        board.send(message);
         self.counts.messages += 1;
         Ok(())
     }
 
+    /// Sends the next batch. Its records are read twice: to be signed and summed up, and to be sent.
     #[inline(never)]
-    fn send(&mut self, max_records: u32, board: &mut impl Board) -> Result<u32, Failure> {
-        let room = HEAD_MAX..self.buffer.len() - SIGNATURE_MAX;
+    fn send(
+        &mut self,
+        max_records: u32,
+        max_bytes: u32,
+        board: &mut impl Board,
+    ) -> Result<u32, Failure> {
         let most = u16::try_from(max_records).unwrap_or(u16::MAX);
-        let Some(taken) = self.spool.take(most, &mut self.buffer[room])? else {
+        let Some(taken) = self.spool.take(most, max_bytes as usize)? else {
             return Ok(0);
         };
-        let message = batch(
-            self.buffer,
-            &self.identity.device,
-            (taken.epoch, taken.count, taken.len),
-            |digest| board.sign(digest),
-        )
-        .map_err(|_| Failure::Message)?;
-        board.send(message);
+        let mut hash = BatchHash::new(&self.identity.device, taken.epoch, taken.count);
+        let mut sum = envelope::Pieces::new();
+        let head = head(taken.epoch, taken.count, taken.len as u32);
+        sum.update(&head);
+        self.spool.read(&taken, &mut |piece| {
+            hash.update(piece);
+            sum.update(piece);
+        })?;
+        let tail = tail(&board.sign(&hash.digest()));
+        sum.update(&tail);
+        board.begin(envelope::HEADER + head.len() + taken.len + tail.len());
+        board.send(&sum.header());
+        board.send(&head);
+        let sent = self.spool.read(&taken, &mut |piece| board.send(piece));
+        if sent.is_err() {
+            board.connect(false);
+        }
+        sent?;
+        board.send(&tail);
         self.counts.messages += 1;
         Ok(u32::from(taken.count))
     }

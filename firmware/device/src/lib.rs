@@ -9,7 +9,7 @@ mod batch;
 mod device;
 pub mod replay;
 
-pub use batch::{BatchError, HEAD_MAX, SIGNATURE_MAX, batch};
+pub use batch::{HEAD_MAX, TAIL};
 pub use device::{Board, Config, Counts, Device, Failure, Identity};
 
 use heapless::Vec;

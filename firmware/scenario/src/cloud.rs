@@ -1,7 +1,7 @@
 //! The other end of the link: takes batches, remembers every number, and acknowledges.
 
 use ed25519_dalek::SigningKey;
-use flywheel_shared::envelope::{self, HEADER};
+use flywheel_shared::envelope;
 use flywheel_shared::ids::DeviceId;
 use flywheel_shared::message::{Ack, Batch, Down, Ranges, Record, Up, Welcome, records};
 use flywheel_shared::trust::{Role, batch_digest, check};
@@ -145,10 +145,8 @@ impl Cloud {
 /// An enveloped message of the cloud.
 pub(crate) fn reply(message: &Down<'_>) -> Result<Vec<u8, REPLY>, Failure> {
     let mut bytes = [0; REPLY];
-    let (header, payload) = bytes.split_at_mut(HEADER);
-    let len = postcard::to_slice(message, payload)
-        .map_err(|_| Broken("an answer of the cloud is too long"))?
-        .len();
-    header.copy_from_slice(&envelope::header(&payload[..len]));
-    Vec::from_slice(&bytes[..HEADER + len]).map_err(|_| Broken("an answer is too long"))
+    let sealed = envelope::seal(message, &mut bytes);
+    sealed
+        .and_then(|bytes| Vec::from_slice(bytes).ok())
+        .ok_or(Broken("an answer of the cloud is too long"))
 }

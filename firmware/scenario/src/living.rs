@@ -7,9 +7,10 @@ use core::fmt::Write;
 use device_core::params::Params;
 use device_core::slot::{Action, Event, SlotRecord};
 use ed25519_dalek::SigningKey;
-use firmware_device::replay::{BUFFER, CELLS, ENTRIES, Flash, config};
+use device_core::spool::sim::NorSim;
+use firmware_device::replay::{CELLS, ENTRIES, ERASE, MESSAGE, config};
 use firmware_device::{Answer, Board, Device, Identity, Input, Link, Timed};
-use flywheel_shared::envelope::{self, HEADER};
+use flywheel_shared::envelope;
 use flywheel_shared::ids::Digest;
 use flywheel_shared::message::{Down, LossReason, OfferMessage};
 use flywheel_shared::trust::{Role, sign_digest, verify_root};
@@ -20,6 +21,8 @@ use crate::cloud::{Cloud, REPLY};
 use crate::stream::{Scene, Stream};
 use crate::vectors::{DEVICE, HARDWARE, MADE_MS, MANIFEST, OFFER, ROOT};
 
+/// The flash part.
+type Flash<'c> = NorSim<'c, 4, ERASE>;
 /// The device under test.
 type Unit<'a, 'f, 'c> = Device<'a, &'f mut Flash<'c>, ENTRIES>;
 
@@ -70,13 +73,23 @@ struct Bench<'c> {
     up: bool,
     events: Deque<Link, 4>,
     replies: Deque<Vec<u8, REPLY>, 4>,
+    /// What has arrived of a message of so many bytes.
+    message: (Vec<u8, MESSAGE>, usize),
     record: SlotRecord,
     failure: Option<Failure>,
 }
 
 impl Board for Bench<'_> {
-    fn send(&mut self, message: &[u8]) {
-        if !self.up {
+    fn begin(&mut self, len: usize) {
+        self.message = (Vec::new(), len);
+    }
+
+    fn send(&mut self, piece: &[u8]) {
+        let (message, len) = &mut self.message;
+        if message.extend_from_slice(piece).is_err() {
+            self.failure = Some(Broken("a message is longer than any"));
+        }
+        if !self.up || message.len() < *len {
             return;
         }
         match self.cloud.receive(message) {
@@ -182,11 +195,11 @@ pub fn live(
         up: false,
         events: Deque::new(),
         replies: Deque::new(),
+        message: (Vec::new(), 0),
         record: SlotRecord::default(),
         failure: None,
     };
     let mut world = World::new();
-    let mut buffer = [0; BUFFER];
     for life in 0..=cuts.len() {
         flash.restore();
         if let Some(&operations) = cuts.get(life) {
@@ -194,7 +207,7 @@ pub fn live(
         }
         let mut place: Option<Unit<'_, '_, '_>> = None;
         let parts = (&identity, *params, config());
-        let found = Device::start(&mut place, parts, bench.record, &mut flash, &mut buffer)
+        let found = Device::start(&mut place, parts, bench.record, &mut flash)
             .map_err(|_| Broken("the device does not start"))?;
         let device = place.as_mut().ok_or(Broken("the device is gone"))?;
         device
@@ -333,12 +346,7 @@ fn offer(buffer: &mut [u8]) -> Result<&[u8], Failure> {
         offer: read(OFFER)?,
         manifest: read(MANIFEST)?,
     });
-    let (header, payload) = buffer.split_at_mut(HEADER);
-    let len = postcard::to_slice(&message, payload)
-        .map_err(|_| Broken("the offer is too long"))?
-        .len();
-    header.copy_from_slice(&envelope::header(&payload[..len]));
-    Ok(&buffer[..HEADER + len])
+    envelope::seal(&message, buffer).ok_or(Broken("the offer is too long"))
 }
 
 /// flagged = acknowledged + spooled + recorded losses, for every epoch.
