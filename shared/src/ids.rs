@@ -177,6 +177,29 @@ pub(crate) mod byte_array {
     }
 }
 
+/// A list of what [`byte_array`] reads and writes.
+pub(crate) mod byte_arrays {
+    use heapless::Vec;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    #[derive(Serialize, Deserialize)]
+    struct Bytes<const N: usize>(#[serde(with = "super::byte_array")] [u8; N]);
+
+    pub fn serialize<S: Serializer, const N: usize, const M: usize>(
+        list: &Vec<[u8; N], M>,
+        to: S,
+    ) -> Result<S::Ok, S::Error> {
+        to.collect_seq(list.iter().map(|bytes| Bytes(*bytes)))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>, const N: usize, const M: usize>(
+        from: D,
+    ) -> Result<Vec<[u8; N], M>, D::Error> {
+        let list = Vec::<Bytes<N>, M>::deserialize(from)?;
+        Ok(list.into_iter().map(|bytes| bytes.0).collect())
+    }
+}
+
 /// The number of a flagged sample on its device. Numbers start at 1 in each boot epoch and are
 /// gapless, which is what lets the cloud prove that none is missing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -40,6 +40,12 @@ pub fn stack() -> (usize, usize) {
     (size - painted, size)
 }
 
+/// Bytes of stack in use by the caller.
+#[inline(always)]
+pub fn depth() -> usize {
+    &raw const _stack_start as usize - cortex_m::register::msp::read() as usize
+}
+
 /// Tells the emulator how the run ended.
 pub fn end(status: Result<(), ()>) -> ! {
     loop {

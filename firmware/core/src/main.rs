@@ -9,7 +9,7 @@ use core::fmt::Write as _;
 
 use cortex_m_rt::entry;
 use cortex_m_semihosting::hio;
-use firmware_device::replay::CELLS;
+use firmware_replay::CELLS;
 use panic_semihosting as _;
 
 unsafe extern "C" {

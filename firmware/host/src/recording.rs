@@ -3,8 +3,9 @@
 use device_core::params::Params;
 use device_core::spool::sim::NorSim;
 use firmware_device::Failure;
-use firmware_device::replay::{ERASE, Memory, Start, Summary, VALUES, replay};
+use firmware_replay::{ERASE, Memory, Start, Summary, VALUES, replay};
 use firmware_scenario::living::{key, live};
+use flywheel_shared::trust::SignedRoot;
 use firmware_scenario::vectors::{DEVICE, HARDWARE, ROOT, SCORES};
 
 /// The recording.
@@ -33,7 +34,7 @@ pub fn make() -> Result<Vec<u8>, String> {
             .parse()
             .map_err(|error| format!("{DEVICE}: {error}"))?,
         key: key().to_bytes(),
-        root: postcard::from_bytes(ROOT).map_err(|error| error.to_string())?,
+        root: SignedRoot::from_bytes(ROOT).map_err(|error| error.to_string())?,
         scores: SCORES,
         inputs: count,
     };

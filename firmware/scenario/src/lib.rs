@@ -52,13 +52,13 @@ impl From<fmt::Error> for Failure {
 /// # Errors
 /// [`Failure::Output`] if `out` fails; [`Failure::Broken`] if a forgery is believed, a good offer
 /// is not, the budget is exceeded, the model does not end up live, or a flagged sample is neither
-/// acknowledged nor booked. `flash` holds [`firmware_device::replay::CELLS`] bytes or more, all erased.
+/// acknowledged nor booked. `flash` holds [`firmware_replay::CELLS`] bytes or more, all erased.
 pub fn run(out: &mut impl Write, flash: &mut [u8]) -> Result<(), Failure> {
     // The parts are never inlined, so that the stack holds the buffers of one of them at a time.
-    let manifest = trusting::run(out)?;
+    let (manifest, key) = trusting::run(out)?;
     let mut values = [0.0; scoring::VALUES];
     let params = scoring::run(out, &mut values)?;
     flagging::run(out, &params)?;
-    proving::run(out, &manifest, &params)?;
+    proving::run(out, (&manifest, key), &params)?;
     living::run(out, &params, flash)
 }

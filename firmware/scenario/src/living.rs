@@ -5,19 +5,19 @@
 use core::fmt::Write;
 
 use device_core::params::Params;
-use device_core::slot::{Action, Event, SlotRecord};
+use device_core::slot::{Action, Event};
 use ed25519_dalek::SigningKey;
 use device_core::spool::sim::NorSim;
-use firmware_device::replay::{CELLS, ENTRIES, ERASE, MESSAGE, config};
-use firmware_device::{Answer, Board, Device, Identity, Input, Link, Timed};
+use firmware_replay::{CELLS, ENTRIES, ERASE, MESSAGE, config};
+use firmware_device::{Answer, Board, Device, Identity, Input, Kept, Link, Timed};
 use flywheel_shared::envelope;
 use flywheel_shared::ids::Digest;
 use flywheel_shared::message::{Down, LossReason, OfferMessage};
-use flywheel_shared::trust::{Role, sign_digest, verify_root};
+use flywheel_shared::trust::{Floor, Role, SignedRoot, TrustRoot, sign_digest};
 use heapless::{Deque, Vec};
 
 use crate::Failure::{self, Broken};
-use crate::cloud::{Cloud, REPLY};
+use crate::cloud::{Cloud, REPLY, signed_root};
 use crate::stream::{Scene, Stream};
 use crate::vectors::{DEVICE, HARDWARE, MADE_MS, MANIFEST, OFFER, ROOT};
 
@@ -44,24 +44,32 @@ const TAIL: u64 = 3000;
 /// # Errors
 /// [`Failure::Broken`] if the vectors are.
 pub fn identity() -> Result<Identity, Failure> {
-    let (root, rest) =
-        postcard::take_from_bytes(ROOT).map_err(|_| Broken("the root does not decode"))?;
-    if !rest.is_empty() {
-        return Err(Broken("the root is too long"));
-    }
-    let trust = verify_root(root).map_err(|_| Broken("the trust root is not believed"))?;
     Ok(Identity {
         device: DEVICE
             .parse()
             .map_err(|_| Broken("a device id is refused"))?,
         hardware: HARDWARE,
-        trust: (*trust).clone(),
+    })
+}
+
+/// What a new device has kept: the root that it was enrolled with.
+fn enrolled() -> Result<Kept, Failure> {
+    let trust =
+        TrustRoot::pin(signed_root(ROOT)?).map_err(|_| Broken("the trust root is not believed"))?;
+    Ok(Kept {
+        trust: trust.into_inner(),
+        ..Kept::default()
     })
 }
 
 /// The key that the device signs with; a test key.
 pub fn key() -> SigningKey {
     SigningKey::from_bytes(&[4; 32])
+}
+
+/// The rollout key of the second root; a test key.
+pub fn rollout_key() -> SigningKey {
+    SigningKey::from_bytes(&[5; 32])
 }
 
 /// The board: a link that the scenario breaks, a cloud behind it, storage for one record.
@@ -75,7 +83,7 @@ struct Bench<'c> {
     replies: Deque<Vec<u8, REPLY>, 4>,
     /// What has arrived of a message of so many bytes.
     message: (Vec<u8, MESSAGE>, usize),
-    record: SlotRecord,
+    kept: Kept,
     failure: Option<Failure>,
 }
 
@@ -93,12 +101,13 @@ impl Board for Bench<'_> {
             return;
         }
         match self.cloud.receive(message) {
-            Ok(Some(reply)) => {
-                if self.replies.push_back(reply).is_err() {
-                    self.failure = Some(Broken("the cloud owes too many answers"));
+            Ok(replies) => {
+                for reply in replies {
+                    if self.replies.push_back(reply).is_err() {
+                        self.failure = Some(Broken("the cloud owes too many answers"));
+                    }
                 }
             }
-            Ok(None) => {}
             Err(failure) => self.failure = Some(failure),
         }
     }
@@ -120,11 +129,23 @@ impl Board for Bench<'_> {
         sign_digest(Role::Device, &self.key, digest)
     }
 
+    fn keep_root(&mut self, root: &SignedRoot<'_>) {
+        // As a device does at its start: what was kept is checked again.
+        match self.kept.trust.update(*root) {
+            Ok(next) => self.kept.trust = next.into_inner(),
+            Err(_) => self.failure = Some(Broken("the device keeps a root that is not the next")),
+        }
+    }
+
+    fn keep_time(&mut self, floor: Floor) {
+        self.kept.time = floor;
+    }
+
     // Fetching and golden inputs are `proving`'s part of the scenario.
     fn act(&mut self, action: Action) -> Option<Event> {
         match action {
             Action::Persist(record) => {
-                self.record = record;
+                self.kept.record = record;
                 None
             }
             Action::Fetch(model) => Some(Event::Fetched {
@@ -187,7 +208,7 @@ pub fn live(
         .get_mut(..CELLS)
         .ok_or(Broken("the flash is too small"))?;
     let mut flash = Flash::new(cells);
-    let mut cloud = Cloud::new(&identity.device, &key());
+    let mut cloud = Cloud::new(&identity.device, &key(), rollout_key());
     let mut bench = Bench {
         key: key(),
         cloud: &mut cloud,
@@ -196,7 +217,7 @@ pub fn live(
         events: Deque::new(),
         replies: Deque::new(),
         message: (Vec::new(), 0),
-        record: SlotRecord::default(),
+        kept: enrolled()?,
         failure: None,
     };
     let mut world = World::new();
@@ -207,7 +228,7 @@ pub fn live(
         }
         let mut place: Option<Unit<'_, '_, '_>> = None;
         let parts = (&identity, *params, config());
-        let found = Device::start(&mut place, parts, bench.record, &mut flash)
+        let found = Device::start(&mut place, parts, bench.kept.clone(), &mut flash)
             .map_err(|_| Broken("the device does not start"))?;
         let device = place.as_mut().ok_or(Broken("the device is gone"))?;
         device
@@ -253,7 +274,8 @@ impl World {
     /// An input of this moment.
     fn timed<'i>(&mut self, input: Input<'i>) -> Timed<'i> {
         Timed {
-            now_ms: MADE_MS + self.frame * FRAME_MS,
+            // A device without a clock counts from its start: it knows no time but what is signed.
+            now_ms: self.frame * FRAME_MS,
             draw: self.stream.draw(),
             input,
         }
@@ -280,6 +302,7 @@ impl World {
         bench: &mut Bench<'_>,
         record: Recorder<'_>,
     ) -> Result<(), Failure> {
+        bench.cloud.now_ms = MADE_MS + self.frame * FRAME_MS;
         bench.reachable = !OUTAGE.contains(&self.frame);
         if bench.up && !bench.reachable {
             bench.reset();
@@ -397,5 +420,6 @@ fn audit(
         Some(sequence) => writeln!(out, "life: model {sequence} is live")?,
         None => return Err(Broken("the offered model is not live")),
     }
+    writeln!(out, "life: trust root {} is in force", bench.kept.trust.version)?;
     Ok(())
 }

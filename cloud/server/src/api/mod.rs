@@ -5,6 +5,7 @@
 //! API describes itself at `/openapi.json`.
 
 mod fleet;
+mod keys;
 mod models;
 mod queue;
 pub mod types;
@@ -56,6 +57,7 @@ pub fn router(cloud: Arc<Cloud>) -> Router {
         .merge(fleet::routes())
         .merge(queue::routes())
         .merge(models::routes())
+        .merge(keys::routes())
         .route_layer(middleware::from_fn_with_state(
             Arc::clone(&cloud),
             authorise,

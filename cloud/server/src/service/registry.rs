@@ -9,10 +9,11 @@ use flywheel_shared::ids::Digest;
 use flywheel_shared::spec::{ClassOutput, InputSpec, ModelSpec, Task};
 use flywheel_shared::trust::{
     ANY_HARDWARE, MAX_BODY, Manifest, Part, PartKind, RUNTIME_ABI, Role, Signed, TrialBounds,
-    TrustRoot, verify,
+    check, verify,
 };
 use serde::{Deserialize, Serialize};
 
+use super::roots::Roots;
 use super::{Fault, by_prefix, now_ms};
 use crate::api::types::{GateView, ManifestView, ModelView, PromoteRequest, ReportView};
 use crate::store::Store;
@@ -108,17 +109,17 @@ impl ModelRecord {
 /// The registry.
 pub struct Registry {
     store: Arc<Store>,
-    trust: TrustRoot,
+    roots: Arc<Roots>,
     /// Serialises whatever reads a record or the greatest release number and writes the next.
     promoting: std::sync::Mutex<()>,
 }
 
 impl Registry {
-    /// The registry in a store; `trust` names the release key.
-    pub fn new(store: Arc<Store>, trust: TrustRoot) -> Self {
+    /// The registry in a store; `roots` name the release key.
+    pub fn new(store: Arc<Store>, roots: Arc<Roots>) -> Self {
         Self {
             store,
-            trust,
+            roots,
             promoting: std::sync::Mutex::new(()),
         }
     }
@@ -218,12 +219,21 @@ impl Registry {
         }))
     }
 
+    /// The release of a model, if devices believe the key that signed it. Under a newer release key
+    /// a model is released again, with a number of its own.
+    pub fn standing<'m>(&self, model: &'m ModelRecord) -> Option<&'m Release> {
+        let key = self.roots.root().release;
+        model.release.as_ref().filter(|release| {
+            check(Role::Release, &key, &release.digest, &release.signature).is_ok()
+        })
+    }
+
     /// The bytes that the release key must sign.
     ///
     /// # Errors
     /// If the model was promoted already or does not fit a manifest.
     pub fn manifest(&self, model: &ModelRecord) -> Result<ManifestView, Fault> {
-        if let Some(release) = &model.release {
+        if let Some(release) = self.standing(model) {
             return Ok(ManifestView {
                 manifest_hex: hex::encode(&release.body),
                 sequence: release.sequence,
@@ -246,6 +256,7 @@ impl Registry {
                 min_confidence: 1.0 / model.classes.len().max(1) as f32,
             },
             parts,
+            deltas: heapless::Vec::new(),
         };
         let mut buffer = [0u8; MAX_BODY];
         let body = postcard::to_slice(&manifest, &mut buffer)
@@ -303,7 +314,7 @@ impl Registry {
             .map_err(|error| Fault::Invalid(format!("signature_hex: {error}")))?;
         let manifest = verify::<Manifest<'_>>(
             Role::Release,
-            &self.trust.release,
+            &self.roots.root().release,
             Signed {
                 body: &body,
                 signature: &signature,
@@ -314,6 +325,9 @@ impl Registry {
                 "the manifest is not signed by the release key that devices believe: {error}"
             ))
         })?;
+        manifest
+            .legal()
+            .map_err(|error| Fault::Invalid(error.to_string()))?;
         let mut signed: Vec<Digest> = manifest.parts.iter().map(|part| part.digest).collect();
         let mut own: Vec<Digest> = model.parts.iter().map(|part| part.digest).collect();
         signed.sort_unstable();
@@ -324,7 +338,7 @@ impl Registry {
                 model.id
             )));
         }
-        match &model.release {
+        match self.standing(&model) {
             // Promoting an older release again makes it the champion; its number stands.
             Some(release) if release.body == body => {}
             Some(_) => {
@@ -384,9 +398,10 @@ impl Registry {
             .iter()
             .filter_map(|model| model.release.as_ref())
             .map(|release| release.sequence)
+            .chain([self.roots.root().min_sequence])
             .max()
             .unwrap_or(0)
-            + 1)
+            .saturating_add(1))
     }
 }
 

@@ -9,14 +9,14 @@ use std::sync::{Arc, Mutex};
 use cloud_core::rollout::{
     Action, Control, Device, Policy, Progress, Report, Rollout, Share, State,
 };
-use ed25519_dalek::SigningKey;
 use flywheel_shared::ids::DeviceId;
 use flywheel_shared::message::SlotState;
-use flywheel_shared::trust::{MAX_BODY, Offer, Role, TrustError, sign};
+use flywheel_shared::trust::{MAX_BODY, Offer, TrustError};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use super::registry::{ModelRecord, Registry};
+use super::roots::Roots;
 use super::{Fault, lock, now_ms};
 use crate::api::types::{ProgressView, RolloutRequest, RolloutView};
 use crate::ingest::{OfferBytes, OwnedSlotReport};
@@ -50,21 +50,21 @@ struct Ended {
 pub struct Rollouts {
     store: Arc<Store>,
     registry: Arc<Registry>,
-    key: SigningKey,
+    roots: Arc<Roots>,
     /// Rises with every change, so that watchers can wait.
     changed: watch::Sender<u64>,
     rollouts: Mutex<BTreeMap<u64, RolloutRecord>>,
 }
 
 impl Rollouts {
-    /// The rollouts in a store; `key` signs offers.
+    /// The rollouts in a store; `roots` sign offers.
     ///
     /// # Errors
     /// If the store can't be read.
     pub fn open(
         store: Arc<Store>,
         registry: Arc<Registry>,
-        key: SigningKey,
+        roots: Arc<Roots>,
     ) -> Result<Self, Fault> {
         let rollouts = store
             .scan::<RolloutRecord>(ROLLOUTS, &[])?
@@ -74,7 +74,7 @@ impl Rollouts {
         Ok(Self {
             store,
             registry,
-            key,
+            roots,
             changed: watch::channel(0).0,
             rollouts: Mutex::new(rollouts),
         })
@@ -90,9 +90,9 @@ impl Rollouts {
         inventory: &[Device],
     ) -> Result<RolloutView, Fault> {
         let model = self.registry.find(&request.model)?;
-        let release = model.release.as_ref().ok_or_else(|| {
+        let release = self.registry.standing(&model).ok_or_else(|| {
             Fault::Conflict(format!(
-                "model {} is not signed; run `flywheel model promote` first",
+                "model {} is not signed by the release key that devices believe; run `flywheel model promote` first",
                 model.id
             ))
         })?;
@@ -168,8 +168,11 @@ impl Rollouts {
             let id: DeviceId = device
                 .parse()
                 .map_err(|error| Fault::Internal(format!("device id {device}: {error}")))?;
-            offers.push((id.clone(), self.offer_bytes(&model, &id, now)?));
-            next.plan.offered(&device, now);
+            // Under a newer release key nobody would take it; the operator promotes it again.
+            if let Some(offer) = self.offer_bytes(&model, &id, now)? {
+                offers.push((id, offer));
+                next.plan.offered(&device, now);
+            }
         }
         match plan.state {
             State::Running { .. } | State::Paused => {}
@@ -227,7 +230,7 @@ impl Rollouts {
             }
         };
         let model = self.registry.find(&model)?;
-        self.offer_bytes(&model, device, now_ms()).map(Some)
+        self.offer_bytes(&model, device, now_ms())
     }
 
     /// Notes what a device reported.
@@ -244,7 +247,11 @@ impl Rollouts {
         };
         let report_kind = match report.state {
             // A fresh offer cures these; the planner makes one after the offer's time is over.
-            SlotState::Refused if report.code == TrustError::Expired.code() => return Ok(()),
+            SlotState::Refused
+                if TrustError::from_code(report.code).is_some_and(TrustError::is_curable) =>
+            {
+                return Ok(());
+            }
             SlotState::Refused => Report::Failed(reason()),
             SlotState::Fetching | SlotState::Staged => Report::Staged,
             SlotState::Trial => Report::Trial,
@@ -344,11 +351,10 @@ impl Rollouts {
         model: &ModelRecord,
         device: &DeviceId,
         now_ms: u64,
-    ) -> Result<OfferBytes, Fault> {
-        let release = model
-            .release
-            .as_ref()
-            .ok_or_else(|| Fault::Internal(format!("model {} has no release", model.id)))?;
+    ) -> Result<Option<OfferBytes>, Fault> {
+        let Some(release) = self.registry.standing(model) else {
+            return Ok(None);
+        };
         let mut nonce = [0u8; 8];
         getrandom::fill(&mut nonce)
             .map_err(|error| Fault::Internal(format!("no randomness: {error}")))?;
@@ -356,6 +362,7 @@ impl Rollouts {
             device: device.clone(),
             manifest: release.digest,
             sequence: release.sequence,
+            issued_ms: now_ms,
             expires_ms: now_ms + OFFER_LIFE_MS,
             nonce: u64::from_le_bytes(nonce),
         };
@@ -363,14 +370,14 @@ impl Rollouts {
         let body = postcard::to_slice(&offer, &mut buffer)
             .map_err(|error| Fault::Internal(format!("the offer does not encode: {error}")))?
             .to_vec();
-        Ok(OfferBytes {
-            offer_signature: sign(Role::Rollout, &self.key, &body),
+        Ok(Some(OfferBytes {
+            offer_signature: self.roots.sign_offer(&body),
             offer: body,
             manifest: release.body.clone(),
             manifest_signature: release.signature.as_slice().try_into().map_err(|_| {
                 Fault::Internal(format!("the signature of model {} is damaged", model.id))
             })?,
-        })
+        }))
     }
 }
 

@@ -2,23 +2,22 @@
 //! memory and its instructions are those of the device and not of a scenario. The recording (keys,
 //! score parameters, and every input with its time) lies in memory outside the image.
 //!
-//! What only replays is no part of a product, so the image can count it apart: nothing of the
-//! device is inlined into [`replay`].
+//! What only replays is no part of a product: on the microcontroller it lies in a section of its own,
+//! `.harness`, and is measured apart. Nothing of the device is inlined into it.
+#![no_std]
 
 use device_core::params::Params;
-use device_core::slot::{Action, Event, SlotRecord};
+use device_core::slot::{Action, Event};
 use device_core::trigger::TriggerConfig;
 use device_core::uplink::UplinkConfig;
 use ed25519_dalek::SigningKey;
 use embedded_storage::nor_flash::NorFlash;
+use firmware_device::{Board, Config, Counts, Device, Failure, HEAD_MAX, Identity, Kept, TAIL, Timed};
 use flywheel_shared::envelope::HEADER;
 use flywheel_shared::ids::{DeviceId, Digest};
 use flywheel_shared::message::MAX_BOOKS;
-use flywheel_shared::trust::{Role, Signed, sign_digest, verify_root};
+use flywheel_shared::trust::{Floor, Role, SignedRoot, TrustRoot, sign_digest};
 use serde::{Deserialize, Serialize};
-
-use crate::batch::{HEAD_MAX, TAIL};
-use crate::{Board, Config, Counts, Device, Failure, Identity, Timed};
 
 /// Bytes of an erase block, as most serial NOR parts have them; a spool slot is one.
 pub const ERASE: usize = 4096;
@@ -59,9 +58,9 @@ pub struct Start<'a> {
     pub key: [u8; 32],
     /// The pinned trust root.
     #[serde(borrow)]
-    pub root: Signed<'a>,
+    pub root: SignedRoot<'a>,
     /// The score parameters.
-    #[serde(borrow, with = "crate::bytes")]
+    #[serde(borrow)]
     pub scores: &'a [u8],
     /// How many inputs follow.
     pub inputs: u32,
@@ -135,6 +134,10 @@ impl<C: FnMut() -> u32> Board for Port<C> {
         sign_digest(Role::Device, &self.key, digest)
     }
 
+    fn keep_root(&mut self, _root: &SignedRoot<'_>) {}
+
+    fn keep_time(&mut self, _floor: Floor) {}
+
     fn act(&mut self, action: Action) -> Option<Event> {
         match action {
             Action::Fetch(model) => Some(Event::Fetched {
@@ -169,9 +172,10 @@ pub fn replay<'a, F: NorFlash>(
 ) -> Result<Summary, Failure> {
     let (start, mut rest): (Start<'_>, &[u8]) =
         postcard::take_from_bytes(recording).map_err(|_| Failure::Message)?;
-    let identity: &Identity = memory
-        .identity
-        .insert(identity(start.device, hardware, start.root)?);
+    let identity: &Identity = memory.identity.insert(Identity {
+        device: start.device,
+        hardware,
+    });
     let parts = (identity, params(start.scores, memory.values)?, config());
     let mut port = Port {
         key: SigningKey::from_bytes(&start.key),
@@ -180,12 +184,11 @@ pub fn replay<'a, F: NorFlash>(
         since: None,
         ticks: 0,
     };
-    Device::start(memory.device, parts, SlotRecord::default(), flash)?;
+    Device::start(memory.device, parts, kept(start.root)?, flash)?;
     let device = memory.device.as_mut().ok_or(Failure::Spool)?;
     device.boot(&mut port)?;
     for _ in 0..start.inputs {
-        let (timed, after): (Timed<'_>, &[u8]) =
-            postcard::take_from_bytes(rest).map_err(|_| Failure::Message)?;
+        let (timed, after) = next(rest)?;
         rest = after;
         device.take(&timed, &mut port)?;
     }
@@ -204,21 +207,24 @@ pub fn replay<'a, F: NorFlash>(
     Ok(summary)
 }
 
-#[inline(never)] // A device has to do it too.
-fn identity(
-    device: DeviceId,
-    hardware: &'static str,
-    root: Signed<'_>,
-) -> Result<Identity, Failure> {
-    let verified = verify_root(root).map_err(|_| Failure::Message)?;
-    Ok(Identity {
-        device,
-        hardware,
-        trust: (*verified).clone(),
+/// The next input. Decoding leaves nothing on the stack while the device works.
+#[inline(never)]
+#[cfg_attr(target_os = "none", unsafe(link_section = ".harness"))]
+fn next(rest: &[u8]) -> Result<(Timed<'_>, &[u8]), Failure> {
+    postcard::take_from_bytes(rest).map_err(|_| Failure::Message)
+}
+
+/// What a new device has kept: the root that it was enrolled with.
+#[inline(never)] // A device has to check it too.
+fn kept(root: SignedRoot<'_>) -> Result<Kept, Failure> {
+    let trust = TrustRoot::pin(root).map_err(|_| Failure::Message)?;
+    Ok(Kept {
+        trust: trust.into_inner(),
+        ..Kept::default()
     })
 }
 
-#[inline(never)] // Like `identity`.
+#[inline(never)] // Like `kept`.
 fn params<'a>(bytes: &[u8], values: &'a mut [f32; VALUES]) -> Result<Params<'a>, Failure> {
     Params::parse(bytes, values).map_err(|_| Failure::Score)
 }

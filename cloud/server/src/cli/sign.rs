@@ -1,0 +1,137 @@
+//! `flywheel model export`, `sign` and `publish`: a release key that never meets the server.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+use flywheel_shared::ids::Digest;
+use flywheel_shared::trust::{MAX_BODY, Manifest, Role, sign};
+
+use super::{print_json, print_line};
+use crate::api::types::{ManifestView, PromoteRequest};
+use crate::keys;
+
+/// Arguments of `flywheel model sign`.
+#[derive(Args)]
+pub struct SignArgs {
+    /// What `flywheel model export` wrote.
+    manifest: PathBuf,
+    /// File of the release key; `-` reads it from standard input.
+    #[arg(long, value_name = "FILE")]
+    key: PathBuf,
+    /// File for the signature.
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+}
+
+/// Writes a manifest to a file.
+///
+/// # Errors
+/// If the server's answer makes no sense or the file can't be written.
+pub fn export(view: &ManifestView, out: &Path, json: bool) -> Result<()> {
+    let body = hex::decode(&view.manifest_hex).context("the server's manifest is not hex")?;
+    std::fs::write(out, &body).with_context(|| format!("cannot write {}", out.display()))?;
+    describe(&body, out, json)
+}
+
+/// Signs a manifest.
+///
+/// # Errors
+/// If the manifest is none, the key can't be read, or the file can't be written.
+pub fn run(args: &SignArgs, json: bool) -> Result<ExitCode> {
+    let body = read_manifest(&args.manifest)?;
+    let key = keys::read(&args.key)?;
+    let signature = sign(Role::Release, &key, &body);
+    let text = format!("{}\n", hex::encode(signature));
+    std::fs::write(&args.out, text)
+        .with_context(|| format!("cannot write {}", args.out.display()))?;
+    describe(&body, &args.manifest, json)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What `flywheel model publish` hands in.
+///
+/// # Errors
+/// If a file can't be read or is not what it should be.
+pub fn request(manifest: &Path, signature: &Path, force: Option<String>) -> Result<PromoteRequest> {
+    let body = read_manifest(manifest)?;
+    let text = std::fs::read_to_string(signature)
+        .with_context(|| format!("cannot read {}", signature.display()))?;
+    let bytes = hex::decode(text.trim()).unwrap_or_default();
+    ensure!(
+        bytes.len() == 64,
+        "{} is not a signature: expected 128 hexadecimal digits, as `flywheel model sign` writes",
+        signature.display()
+    );
+    Ok(PromoteRequest {
+        manifest_hex: hex::encode(body),
+        signature_hex: hex::encode(bytes),
+        force,
+    })
+}
+
+fn read_manifest(path: &Path) -> Result<Vec<u8>> {
+    let body = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    decode(&body, path)?;
+    Ok(body)
+}
+
+/// The manifest, so that nothing else is signed by mistake.
+fn decode<'a>(body: &'a [u8], path: &Path) -> Result<Manifest<'a>> {
+    ensure!(
+        body.len() <= MAX_BODY,
+        "{} is no manifest: it is longer than {MAX_BODY} bytes",
+        path.display()
+    );
+    let manifest = Manifest::recall(&Digest::of(body), body)
+        .with_context(|| format!("{} is no manifest", path.display()))?
+        .into_inner();
+    manifest
+        .legal()
+        .with_context(|| path.display().to_string())?;
+    Ok(manifest)
+}
+
+/// Says what a manifest lets devices do, to those who sign it.
+fn describe(body: &[u8], path: &Path, json: bool) -> Result<()> {
+    let manifest = decode(body, path)?;
+    let digest = Digest::of(body);
+    if json {
+        let parts: Vec<_> = manifest
+            .parts
+            .iter()
+            .map(|part| {
+                serde_json::json!({
+                    "kind": format!("{:?}", part.kind),
+                    "bytes": part.len,
+                    "sha256": part.digest.to_string(),
+                })
+            })
+            .collect();
+        return print_json(&serde_json::json!({
+            "digest": digest.to_string(),
+            "name": manifest.name,
+            "sequence": manifest.sequence,
+            "hardware": manifest.hardware,
+            "expires_ms": manifest.expires_ms,
+            "parts": parts,
+            "deltas": manifest.deltas.len(),
+        }));
+    }
+    print_line(format!(
+        "manifest {digest}: {} release {} for hardware `{}`, {} parts, {} deltas",
+        manifest.name,
+        manifest.sequence,
+        manifest.hardware,
+        manifest.parts.len(),
+        manifest.deltas.len()
+    ))?;
+    for part in &manifest.parts {
+        print_line(format!(
+            "  {:?}: {} bytes, SHA-256 {}",
+            part.kind, part.len, part.digest
+        ))?;
+    }
+    Ok(())
+}
