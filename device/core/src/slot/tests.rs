@@ -6,6 +6,8 @@ use proptest::prelude::*;
 use std::collections::BTreeSet;
 use std::vec::Vec;
 
+mod attacks;
+
 fn model(n: u8) -> Held {
     Held {
         digest: Digest([n; 32]),
