@@ -4,7 +4,8 @@
 use core::ptr;
 
 use cortex_m_rt::{ExceptionFrame, STACK_PAINT_VALUE, exception};
-use cortex_m_semihosting::{debug, hio};
+use cortex_m_semihosting::hio::{self, HostStream};
+use cortex_m_semihosting::debug;
 
 unsafe extern "C" {
     // Set by the linker script of cortex-m-rt; only their addresses mean something.
@@ -44,6 +45,24 @@ pub fn stack() -> (usize, usize) {
 #[inline(always)]
 pub fn depth() -> usize {
     &raw const _stack_start as usize - cortex_m::register::msp::read() as usize
+}
+
+/// Prints a number and what follows, without `core::fmt`; part of the harness of images that have
+/// one.
+#[inline(never)]
+#[unsafe(link_section = ".harness")]
+pub fn print(out: &mut HostStream, number: u32, last: u8) -> Result<(), ()> {
+    let mut text = [last; 11];
+    let mut at = text.len() - 1;
+    let mut rest = number;
+    loop {
+        at -= 1;
+        text[at] = b'0' + (rest % 10) as u8;
+        rest /= 10;
+        if rest == 0 {
+            return out.write_all(&text[at..]);
+        }
+    }
 }
 
 /// Tells the emulator how the run ended.

@@ -8,12 +8,14 @@ use device_core::score::{knot_level, normalise, score};
 use ed25519_dalek::SigningKey;
 use firmware_scenario::stream::{CLASSES, DIM, GAIN, Scene, Stream, World};
 use firmware_scenario::living::rollout_key;
-use firmware_scenario::vectors::{DEVICE, HARDWARE, MADE_MS, SEQUENCE, SIGNED_MS, UNTIL_MS};
+use firmware_scenario::vectors::{
+    DEVICE, HARDWARE, MADE_MS, NONCE, SEQUENCE, SIGNED_MS, UNTIL_MS,
+};
 use flywheel_shared::ids::Digest;
 use flywheel_shared::spec::Golden;
 use flywheel_shared::trust::{
     Keys, MAX_BODY, Manifest, Offer, Part, PartKind, RUNTIME_ABI, Role, Signed, SignedRoot,
-    TrialBounds, TrustRoot, sign,
+    TimeStamp, TrialBounds, TrustRoot, sign,
 };
 use serde::Serialize;
 
@@ -90,6 +92,11 @@ pub fn make() -> Result<Vec<(&'static str, Vec<u8>)>, String> {
         expires_ms: UNTIL_MS,
         nonce: 1,
     };
+    let time = TimeStamp {
+        device: offer.device.clone(),
+        nonce: NONCE,
+        now_ms: MADE_MS,
+    };
     Ok(vec![
         ("root.bin", seal_root(&first, &roots[..2])?),
         ("root2.bin", seal_root(&second, &roots[1..])?),
@@ -98,6 +105,7 @@ pub fn make() -> Result<Vec<(&'static str, Vec<u8>)>, String> {
             "offer.bin",
             seal(Role::Rollout, &rollout, &encode(&offer)?)?,
         ),
+        ("time.bin", seal(Role::Time, &rollout, &encode(&time)?)?),
         ("scores.bin", scores),
         ("golden.bin", golden),
     ])
@@ -305,6 +313,7 @@ mod tests {
             ("root2.bin", vectors::ROOT2),
             ("manifest.bin", vectors::MANIFEST),
             ("offer.bin", vectors::OFFER),
+            ("time.bin", vectors::TIME),
             ("scores.bin", vectors::SCORES),
             ("golden.bin", vectors::GOLDEN),
         ];

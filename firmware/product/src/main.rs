@@ -13,7 +13,7 @@ use core::panic::PanicInfo;
 use cortex_m::peripheral::syst::SystClkSource;
 use cortex_m::peripheral::{Peripherals, SYST};
 use cortex_m_rt::entry;
-use cortex_m_semihosting::hio::{self, HostStream};
+use cortex_m_semihosting::hio;
 use device_core::spool::sim::{NorSim, SimError};
 use embedded_storage::nor_flash::{ErrorType, NorFlash, ReadNorFlash};
 use firmware_replay::{CELLS, ENTRIES, ERASE, Memory, Summary, VALUES, replay};
@@ -115,28 +115,11 @@ fn run() -> Result<(), ()> {
 fn report(summary: &Summary, own: usize) -> Result<(), ()> {
     let mut out = hio::hstdout()?;
     for number in summary.numbers() {
-        print(&mut out, number, b' ')?;
+        firmware_board::print(&mut out, number, b' ')?;
     }
     out.write_all(b"\ndevice: ")?;
-    print(&mut out, summary.ticks >> 8, b' ')?;
-    print(&mut out, (firmware_board::stack().0 - own) as u32, b'\n')
-}
-
-/// Prints a number and what follows, without `core::fmt`.
-#[inline(never)]
-#[unsafe(link_section = ".harness")]
-fn print(out: &mut HostStream, number: u32, last: u8) -> Result<(), ()> {
-    let mut text = [last; 11];
-    let mut at = text.len() - 1;
-    let mut rest = number;
-    loop {
-        at -= 1;
-        text[at] = b'0' + (rest % 10) as u8;
-        rest /= 10;
-        if rest == 0 {
-            return out.write_all(&text[at..]);
-        }
-    }
+    firmware_board::print(&mut out, summary.ticks >> 8, b' ')?;
+    firmware_board::print(&mut out, (firmware_board::stack().0 - own) as u32, b'\n')
 }
 
 /// A product restarts here; the emulator is told.

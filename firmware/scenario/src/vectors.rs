@@ -23,6 +23,10 @@ pub const ROOT2: &[u8] = include_bytes!("../vectors/root2.bin");
 pub const MANIFEST: &[u8] = include_bytes!("../vectors/manifest.bin");
 /// The offer, signed by the rollout key of the second root, in the same form.
 pub const OFFER: &[u8] = include_bytes!("../vectors/offer.bin");
+/// What the time stamp answers.
+pub const NONCE: u64 = 1;
+/// A time stamp of [`MADE_MS`], signed by the rollout key of the second root, in the same form.
+pub const TIME: &[u8] = include_bytes!("../vectors/time.bin");
 /// The manifest's score parameters.
 pub const SCORES: &[u8] = include_bytes!("../vectors/scores.bin");
 /// The manifest's golden inputs, a [`flywheel_shared::spec::Golden`] in postcard.
