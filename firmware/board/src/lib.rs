@@ -4,8 +4,8 @@
 use core::ptr;
 
 use cortex_m_rt::{ExceptionFrame, STACK_PAINT_VALUE, exception};
-use cortex_m_semihosting::hio::{self, HostStream};
 use cortex_m_semihosting::debug;
+use cortex_m_semihosting::hio::{self, HostStream};
 
 unsafe extern "C" {
     // Set by the linker script of cortex-m-rt; only their addresses mean something.
@@ -49,6 +49,10 @@ pub fn depth() -> usize {
 
 /// Prints a number and what follows, without `core::fmt`; part of the harness of images that have
 /// one.
+///
+/// # Errors
+/// As semihosting, which has no words for it.
+#[allow(clippy::result_unit_err)]
 #[inline(never)]
 #[unsafe(link_section = ".harness")]
 pub fn print(out: &mut HostStream, number: u32, last: u8) -> Result<(), ()> {

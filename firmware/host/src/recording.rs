@@ -5,8 +5,8 @@ use device_core::spool::sim::NorSim;
 use firmware_device::Failure;
 use firmware_replay::{ERASE, Memory, Start, Summary, VALUES, replay};
 use firmware_scenario::living::{key, live};
-use flywheel_shared::trust::SignedRoot;
 use firmware_scenario::vectors::{DEVICE, HARDWARE, ROOT, SCORES};
+use flywheel_shared::trust::SignedRoot;
 
 /// The recording.
 pub fn make() -> Result<Vec<u8>, String> {
@@ -45,7 +45,10 @@ pub fn make() -> Result<Vec<u8>, String> {
 /// What the product image must print.
 pub fn expected() -> Result<String, String> {
     let summary = play(&make()?).map_err(|failure| failure.to_string())?;
-    Ok(summary.numbers().map(|number| format!("{number} ")).concat())
+    Ok(summary
+        .numbers()
+        .map(|number| format!("{number} "))
+        .concat())
 }
 
 fn play(recording: &[u8]) -> Result<Summary, Failure> {

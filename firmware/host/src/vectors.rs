@@ -6,11 +6,9 @@
 use device_core::params::{Params, Shape};
 use device_core::score::{knot_level, normalise, score};
 use ed25519_dalek::SigningKey;
-use firmware_scenario::stream::{CLASSES, DIM, GAIN, Scene, Stream, World};
 use firmware_scenario::living::rollout_key;
-use firmware_scenario::vectors::{
-    DEVICE, HARDWARE, MADE_MS, NONCE, SEQUENCE, SIGNED_MS, UNTIL_MS,
-};
+use firmware_scenario::stream::{CLASSES, DIM, GAIN, Scene, Stream, World};
+use firmware_scenario::vectors::{DEVICE, HARDWARE, MADE_MS, NONCE, SEQUENCE, SIGNED_MS, UNTIL_MS};
 use flywheel_shared::ids::Digest;
 use flywheel_shared::spec::Golden;
 use flywheel_shared::trust::{

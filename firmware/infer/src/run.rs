@@ -209,10 +209,7 @@ mod tests {
         let at = slot.len() / 2;
         slot[at] ^= 1;
         assert_eq!(run(&mut String::new(), &slot, || {}), Err(Failure::Slot));
-        assert_eq!(
-            run(&mut String::new(), &[0; 64], || {}),
-            Err(Failure::Slot)
-        );
+        assert_eq!(run(&mut String::new(), &[0; 64], || {}), Err(Failure::Slot));
     }
 
     #[test]

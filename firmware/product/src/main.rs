@@ -16,8 +16,8 @@ use cortex_m_rt::entry;
 use cortex_m_semihosting::hio;
 use device_core::spool::sim::{NorSim, SimError};
 use embedded_storage::nor_flash::{ErrorType, NorFlash, ReadNorFlash};
-use firmware_replay::{CELLS, ENTRIES, ERASE, Memory, Summary, VALUES, replay};
 use firmware_device::{Device, Identity, Timed};
+use firmware_replay::{CELLS, ENTRIES, ERASE, Memory, Summary, VALUES, replay};
 
 /// Longest recording in bytes.
 const RECORDING: usize = 8 << 20;

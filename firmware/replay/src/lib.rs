@@ -12,7 +12,9 @@ use device_core::trigger::TriggerConfig;
 use device_core::uplink::UplinkConfig;
 use ed25519_dalek::SigningKey;
 use embedded_storage::nor_flash::NorFlash;
-use firmware_device::{Board, Config, Counts, Device, Failure, HEAD_MAX, Identity, Kept, TAIL, Timed};
+use firmware_device::{
+    Board, Config, Counts, Device, Failure, HEAD_MAX, Identity, Kept, TAIL, Timed,
+};
 use flywheel_shared::envelope::HEADER;
 use flywheel_shared::ids::{DeviceId, Digest};
 use flywheel_shared::message::MAX_BOOKS;

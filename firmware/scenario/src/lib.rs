@@ -1,5 +1,5 @@
 //! What the image runs on the microcontroller and `firmware-host` on a host, so that their outputs
-//! can be compared byte by byte: an offer is verified, answers are scored, a stream is flagged
+//! can be compared byte by byte: an offer is verified, answers are scored, a sensor is read, a stream is flagged
 //! under a budget, a model goes through the slot, and a whole device lives through an outage and
 //! two power cuts. The code under test is `flywheel-shared`, `device-core` and `firmware-device`,
 //! unchanged; this crate only feeds it and prints.
@@ -17,6 +17,7 @@ pub mod living;
 mod proving;
 mod report;
 mod scoring;
+mod sensing;
 pub mod stream;
 mod trusting;
 pub mod vectors;
@@ -58,6 +59,7 @@ pub fn run(out: &mut impl Write, flash: &mut [u8]) -> Result<(), Failure> {
     let (manifest, key) = trusting::run(out)?;
     let mut values = [0.0; scoring::VALUES];
     let params = scoring::run(out, &mut values)?;
+    sensing::run(out)?;
     flagging::run(out, &params)?;
     proving::run(out, (&manifest, key), &params)?;
     living::run(out, &params, flash)

@@ -6,10 +6,10 @@ use core::fmt::Write;
 
 use device_core::params::Params;
 use device_core::slot::{Action, Event};
-use ed25519_dalek::SigningKey;
 use device_core::spool::sim::NorSim;
-use firmware_replay::{CELLS, ENTRIES, ERASE, MESSAGE, config};
+use ed25519_dalek::SigningKey;
 use firmware_device::{Answer, Board, Device, Identity, Input, Kept, Link, Timed};
+use firmware_replay::{CELLS, ENTRIES, ERASE, MESSAGE, config};
 use flywheel_shared::envelope;
 use flywheel_shared::ids::Digest;
 use flywheel_shared::message::{Down, LossReason, OfferMessage};
@@ -174,6 +174,7 @@ impl Bench<'_> {
     }
 }
 
+#[allow(clippy::large_enum_variant)] // There is no alloc to box with.
 enum Heard {
     Link(Link),
     Message(Vec<u8, REPLY>),
@@ -420,6 +421,10 @@ fn audit(
         Some(sequence) => writeln!(out, "life: model {sequence} is live")?,
         None => return Err(Broken("the offered model is not live")),
     }
-    writeln!(out, "life: trust root {} is in force", bench.kept.trust.version)?;
+    writeln!(
+        out,
+        "life: trust root {} is in force",
+        bench.kept.trust.version
+    )?;
     Ok(())
 }

@@ -84,7 +84,11 @@ pub(crate) fn run(
     if record.live != Some(model) || record.candidate.is_some() {
         return Err(Broken("the model is not live in the end"));
     }
-    writeln!(out, "slot: live {}, floor {}", model.digest, record.floor.at)?;
+    writeln!(
+        out,
+        "slot: live {}, floor {}",
+        model.digest, record.floor.at
+    )?;
     Ok(())
 }
 
