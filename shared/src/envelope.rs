@@ -6,6 +6,7 @@
 //! check serve all transports and the spool on disk.
 
 use crc::{CRC_32_ISCSI, Crc};
+use serde::Serialize;
 
 // 16 KiB of tables where memory is plenty, none where it is flash.
 #[cfg(not(target_os = "none"))]
@@ -43,10 +44,49 @@ impl core::error::Error for EnvelopeError {}
 
 /// The header for `payload`.
 pub fn header(payload: &[u8]) -> [u8; HEADER] {
-    let mut out = [0u8; HEADER];
-    out[..4].copy_from_slice(&(payload.len() as u32).to_le_bytes());
-    out[4..].copy_from_slice(&CRC32.checksum(payload).to_le_bytes());
-    out
+    let mut pieces = Pieces::new();
+    pieces.update(payload);
+    pieces.header()
+}
+
+/// Sums up a payload that is never in memory as a whole.
+pub struct Pieces {
+    digest: crc::Digest<'static, u32, Tables>,
+    len: u32,
+}
+
+impl Pieces {
+    /// Of nothing yet.
+    #[allow(clippy::new_without_default)] // Nothing is generic over it.
+    pub fn new() -> Self {
+        Self {
+            digest: CRC32.digest(),
+            len: 0,
+        }
+    }
+
+    /// Takes the next piece.
+    pub fn update(&mut self, piece: &[u8]) {
+        self.digest.update(piece);
+        self.len += piece.len() as u32;
+    }
+
+    /// The header for all of them.
+    pub fn header(self) -> [u8; HEADER] {
+        let mut out = [0u8; HEADER];
+        out[..4].copy_from_slice(&self.len.to_le_bytes());
+        out[4..].copy_from_slice(&self.digest.finalize().to_le_bytes());
+        out
+    }
+}
+
+/// Writes `message` with its header to the front of `buffer` and returns both; `None` if they do
+/// not fit.
+pub fn seal<'b>(message: &impl Serialize, buffer: &'b mut [u8]) -> Option<&'b [u8]> {
+    let (head, payload) = buffer.split_first_chunk_mut::<HEADER>()?;
+    let len = postcard::to_slice(message, payload).ok()?.len();
+    *head = header(&payload[..len]);
+    Some(&buffer[..HEADER + len])
 }
 
 /// Splits the first envelope off `bytes`: its payload and the rest.
@@ -103,6 +143,26 @@ mod tests {
             bytes[at] ^= 1 << bit;
             prop_assert_eq!(split(&bytes, 1000), Err(EnvelopeError::Checksum));
         }
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_are_sealed_like_the_whole(payload in proptest::collection::vec(any::<u8>(), 0..200), at in any::<prop::sample::Index>()) {
+            let (first, second) = payload.split_at(at.index(payload.len() + 1));
+            let mut pieces = Pieces::new();
+            pieces.update(first);
+            pieces.update(second);
+            prop_assert_eq!(pieces.header(), header(&payload));
+        }
+    }
+
+    #[test]
+    fn a_sealed_message_is_header_and_postcard() {
+        let mut buffer = [0; 12];
+        let sealed = seal(&(300u16, true), &mut buffer).unwrap();
+        assert_eq!(split(sealed, 10), Ok((&[0xAC, 0x02, 1][..], &[][..])));
+        assert_eq!(seal(&[0u8; 5], &mut buffer), None);
+        assert_eq!(seal(&(), &mut [0; 7]), None);
     }
 
     #[test]

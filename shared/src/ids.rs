@@ -83,7 +83,7 @@ impl<'de> Deserialize<'de> for DeviceId {
 
 /// SHA-256 of some bytes; the name of everything that is stored by content.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub struct Digest(pub [u8; 32]);
+pub struct Digest(#[serde(with = "byte_array")] pub [u8; 32]);
 
 impl Digest {
     /// The digest of `bytes`.
@@ -130,6 +130,76 @@ impl FromStr for Digest {
     }
 }
 
+/// A fixed number of bytes, read and written as serde does it, but in a loop: serde's own code for
+/// `[u8; 32]` is unrolled, 1 KB of flash on a microcontroller.
+pub(crate) mod byte_array {
+    use core::fmt;
+
+    use serde::de::{Error, SeqAccess, Visitor};
+    use serde::ser::SerializeTuple as _;
+    use serde::{Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer, const N: usize>(
+        bytes: &[u8; N],
+        to: S,
+    ) -> Result<S::Ok, S::Error> {
+        let mut tuple = to.serialize_tuple(N)?;
+        for byte in bytes {
+            tuple.serialize_element(byte)?;
+        }
+        tuple.end()
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>, const N: usize>(
+        from: D,
+    ) -> Result<[u8; N], D::Error> {
+        from.deserialize_tuple(N, Bytes)
+    }
+
+    struct Bytes<const N: usize>;
+
+    impl<'de, const N: usize> Visitor<'de> for Bytes<N> {
+        type Value = [u8; N];
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "{N} bytes")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut bytes: A) -> Result<[u8; N], A::Error> {
+            let mut out = [0; N];
+            for (index, place) in out.iter_mut().enumerate() {
+                *place = bytes
+                    .next_element()?
+                    .ok_or_else(|| A::Error::invalid_length(index, &self))?;
+            }
+            Ok(out)
+        }
+    }
+}
+
+/// A list of what [`byte_array`] reads and writes.
+pub(crate) mod byte_arrays {
+    use heapless::Vec;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    #[derive(Serialize, Deserialize)]
+    struct Bytes<const N: usize>(#[serde(with = "super::byte_array")] [u8; N]);
+
+    pub fn serialize<S: Serializer, const N: usize, const M: usize>(
+        list: &Vec<[u8; N], M>,
+        to: S,
+    ) -> Result<S::Ok, S::Error> {
+        to.collect_seq(list.iter().map(|bytes| Bytes(*bytes)))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>, const N: usize, const M: usize>(
+        from: D,
+    ) -> Result<Vec<[u8; N], M>, D::Error> {
+        let list = Vec::<Bytes<N>, M>::deserialize(from)?;
+        Ok(list.into_iter().map(|bytes| bytes.0).collect())
+    }
+}
+
 /// The number of a flagged sample on its device. Numbers start at 1 in each boot epoch and are
 /// gapless, which is what lets the cloud prove that none is missing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -163,6 +233,17 @@ mod tests {
         let mut buffer = [0u8; 16];
         let bytes = postcard::to_slice("../etc", &mut buffer).unwrap();
         assert!(postcard::from_bytes::<DeviceId>(bytes).is_err());
+    }
+
+    #[test]
+    fn a_digest_is_its_bytes_on_the_wire() {
+        let digest = Digest::of(b"abc");
+        let mut buffer = [0u8; 40];
+        assert_eq!(*postcard::to_slice(&digest, &mut buffer).unwrap(), digest.0);
+        assert_eq!(postcard::from_bytes(&digest.0), Ok(digest));
+        assert!(postcard::from_bytes::<Digest>(&digest.0[1..]).is_err());
+        // As serde itself does it.
+        assert_eq!(postcard::from_bytes(&digest.0), Ok(digest.0));
     }
 
     #[test]

@@ -27,8 +27,8 @@ pub use root::{
     Keys, MAX_ROOT, MAX_ROOT_KEYS, MAX_ROOT_SIGNATURES, ROOT_SIGNATURE, SignedRoot, TrustRoot,
 };
 pub use signature::{
-    MAX_BODY, PublicKey, Role, Signed, Verified, batch_digest, check, sign, sign_digest, strong,
-    verify,
+    BatchHash, MAX_BODY, PublicKey, Role, Signed, Verified, batch_digest, check, sign, sign_digest,
+    strong, verify,
 };
 pub use time::{TimeStamp, Timekeeper};
 

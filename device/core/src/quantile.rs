@@ -45,7 +45,7 @@ impl P2 {
             *place = x;
             self.count += 1;
             if self.count == 5 {
-                self.heights.sort_unstable_by(f32::total_cmp);
+                sort(&mut self.heights);
             }
             return;
         }
@@ -78,7 +78,7 @@ impl P2 {
             1..=4 => {
                 let n = self.count as usize;
                 let mut few = self.heights;
-                few[..n].sort_unstable_by(f32::total_cmp);
+                sort(&mut few[..n]);
                 Some(few[libm::roundf(self.p * (n - 1) as f32) as usize])
             }
             _ => Some(self.heights[2]),
@@ -100,6 +100,17 @@ impl P2 {
             q[i] + rise
         } else {
             q[i] - fall
+        }
+    }
+}
+
+/// Insertion sort, since there are five values at most and `core`'s sorts are 1.7 KB of code.
+fn sort(values: &mut [f32]) {
+    for end in 1..values.len() {
+        let mut at = end;
+        while at > 0 && values[at - 1].total_cmp(&values[at]).is_gt() {
+            values.swap(at - 1, at);
+            at -= 1;
         }
     }
 }
@@ -214,6 +225,17 @@ mod tests {
                     prop_assert!((-5.0..=5.0).contains(&value));
                 }
             }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn the_sort_is_that_of_the_library(bits in prop::collection::vec(any::<u32>(), 0..6)) {
+            let mut ours: Vec<f32> = bits.into_iter().map(f32::from_bits).collect();
+            let mut plain = ours.clone();
+            sort(&mut ours);
+            plain.sort_by(f32::total_cmp);
+            prop_assert!(ours.iter().zip(&plain).all(|(a, b)| a.to_bits() == b.to_bits()));
         }
     }
 

@@ -130,9 +130,19 @@ struct Trial {
     frames: u32,
     latency: P2,
     max_latency_us: u32,
-    confidence: f64,
-    live_confidence: f64,
+    /// In units of 2⁻³¹, so that no doubles are needed.
+    confidence: u64,
+    live_confidence: u64,
     live_frames: u32,
+}
+
+/// 1 in the unit of [`Trial::confidence`].
+const ONE: u32 = 1 << 31;
+
+/// A confidence in that unit, taken into [0, 1]; what is no number is 0.
+fn units(confidence: f32) -> u64 {
+    // The cast takes NaN to 0.
+    u64::from((confidence.clamp(0.0, 1.0) * ONE as f32) as u32)
 }
 
 impl Trial {
@@ -141,20 +151,19 @@ impl Trial {
             frames: 0,
             latency: P2::new(0.5),
             max_latency_us: 0,
-            confidence: 0.0,
-            live_confidence: 0.0,
+            confidence: 0,
+            live_confidence: 0,
             live_frames: 0,
         }
     }
 
     fn observe(&mut self, latency_us: u32, confidence: f32, live_confidence: Option<f32>) {
-        let part = |x: f32| if x.is_finite() { f64::from(x) } else { 0.0 };
         self.frames = self.frames.saturating_add(1);
         self.latency.observe(latency_us as f32);
         self.max_latency_us = self.max_latency_us.max(latency_us);
-        self.confidence += part(confidence);
+        self.confidence = self.confidence.saturating_add(units(confidence));
         if let Some(live) = live_confidence {
-            self.live_confidence += part(live);
+            self.live_confidence = self.live_confidence.saturating_add(units(live));
             self.live_frames += 1;
         }
     }
@@ -168,10 +177,14 @@ impl Trial {
         if bounds.max_latency_us > 0 && median > bounds.max_latency_us as f32 {
             return Err(SlotError::Latency);
         }
-        let mean = |sum: f64, n: u32| if n > 0 { sum / f64::from(n) } else { 1.0 };
-        let ours = mean(self.confidence, self.frames);
-        let live = mean(self.live_confidence, self.live_frames);
-        if ours < f64::from(bounds.min_confidence) && ours < live {
+        // Whether the mean, of 1 if there was no frame, is below another one.
+        let below = |(sum, n): (u64, u32), (other, m): (u64, u32)| {
+            u128::from(sum) * u128::from(m) < u128::from(other) * u128::from(n)
+        };
+        let or_one = |sum, n| if n > 0 { (sum, n) } else { (u64::from(ONE), 1) };
+        let ours = or_one(self.confidence, self.frames);
+        let live = or_one(self.live_confidence, self.live_frames);
+        if below(ours, (units(bounds.min_confidence), 1)) && below(ours, live) {
             return Err(SlotError::Confidence);
         }
         Ok(())

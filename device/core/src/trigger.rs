@@ -33,6 +33,8 @@ const RING: usize = 8;
 const TIE: f32 = 1.0 / 1024.0;
 /// Weight of the newest frame in [`Account::earning`].
 const SMOOTHING: f32 = 1.0 / 64.0;
+/// Values of [`Observation::draw`].
+const DRAWS: u64 = 1 << 32;
 /// Share of the budget that the uniform lane takes while there is no model.
 const BLIND_SHARE: f32 = 0.5;
 
@@ -319,11 +321,13 @@ impl Trigger {
             Some(_) => self.uniform_share,
             None => self.uniform_share.max(BLIND_SHARE),
         };
-        let earned =
-            f64::from(share) * f64::from(self.config.budget_ratio) * f64::from(frame.frame_bytes);
-        let p = (earned / f64::from(frame.cost.max(1))).min(1.0);
         // Of the 2³² draws these many win, so p is a multiple of 2⁻³² exactly.
-        let winners = (p * 4_294_967_296.0) as u64;
+        let winners = winners(
+            share,
+            self.config.budget_ratio,
+            frame.frame_bytes,
+            frame.cost.max(1),
+        );
         if u64::from(frame.draw) >= winners {
             return None;
         }
@@ -333,7 +337,7 @@ impl Trigger {
         }
         Some(Flag {
             lane: Lane::Uniform,
-            inclusion: (winners as f64 / 4_294_967_296.0) as f32,
+            inclusion: winners as f32 / DRAWS as f32,
             value: 1.0,
         })
     }
@@ -424,6 +428,39 @@ impl Trigger {
             self.ring_at = (self.ring_at + 1) % RING;
         }
     }
+}
+
+/// ⌊2³² · share · ratio · bytes / cost⌋, at most 2³²; `share` and `ratio` are taken into [0, 1].
+///
+/// In integers, since doubles are 3.6 KB of code on a part whose floating-point unit does single
+/// precision only.
+fn winners(share: f32, ratio: f32, bytes: u32, cost: u32) -> u64 {
+    let [(m, e), (n, f)] = [share, ratio].map(parts);
+    // m·n has 48 bits and with `bytes` 80; the shift is 14 or more, as neither factor exceeds 1.
+    let product = u128::from(m * n) * u128::from(bytes);
+    let scaled = product.checked_shr(e + f - 32).unwrap_or(0) as u64;
+    if scaled >> 32 >= u64::from(cost) {
+        return DRAWS;
+    }
+    // Long division by hand, bit by bit: the compiler's own for 64 bits is another 1 KB.
+    let (mut rest, mut quotient) = (scaled >> 32, 0);
+    for bit in (0..32).rev() {
+        rest = rest << 1 | (scaled >> bit & 1);
+        quotient <<= 1;
+        if rest >= u64::from(cost) {
+            rest -= u64::from(cost);
+            quotient |= 1;
+        }
+    }
+    quotient
+}
+
+/// m and e of x = m·2⁻ᵉ, for x taken into [0, 1]; what is no number is 0.
+fn parts(x: f32) -> (u64, u32) {
+    let bits = if x > 0.0 { x.min(1.0).to_bits() } else { 0 };
+    let (fraction, exponent) = (bits & 0x7F_FFFF, bits >> 23);
+    let hidden = u32::from(exponent > 0) << 23;
+    (u64::from(fraction | hidden), 150 - exponent.max(1))
 }
 
 /// Factors of u, 0 to 1.

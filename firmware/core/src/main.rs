@@ -6,26 +6,20 @@
 #![no_main]
 
 use core::fmt::Write as _;
-use core::ptr;
 
-use cortex_m_rt::{ExceptionFrame, STACK_PAINT_VALUE, entry, exception};
-use cortex_m_semihosting::{debug, hio};
-use firmware_device::replay::CELLS;
+use cortex_m_rt::entry;
+use cortex_m_semihosting::hio;
+use firmware_replay::CELLS;
 use panic_semihosting as _;
 
 unsafe extern "C" {
-    // Set by the linker script of cortex-m-rt; only their addresses mean something.
-    static _stack_end: u32;
-    static _stack_start: u32;
+    // Set by `memory.x`.
     static mut _nor: [u8; CELLS];
 }
 
 #[entry]
 fn main() -> ! {
-    let status = report();
-    loop {
-        debug::exit(status);
-    }
+    firmware_board::end(report())
 }
 
 /// Runs the scenario; an error if it failed, if output is lost or if the stack was used up.
@@ -36,7 +30,7 @@ fn report() -> Result<(), ()> {
     let nor = unsafe { &mut *nor };
     nor.fill(0xFF);
     let result = firmware_scenario::run(&mut out, nor);
-    let (used, size) = stack();
+    let (used, size) = firmware_board::stack();
     writeln!(out, "device: stack {used} of {size} bytes").map_err(drop)?;
     if let Err(failure) = result {
         writeln!(out, "device: FAILED: {failure}").map_err(drop)?;
@@ -47,32 +41,4 @@ fn report() -> Result<(), ()> {
         return Err(());
     }
     Ok(())
-}
-
-/// Bytes of stack that were ever written, and the size of the stack: `paint-stack` fills it
-/// before `main`, so the first word that is no longer paint tells how deep it went.
-fn stack() -> (usize, usize) {
-    let (end, start) = (&raw const _stack_end, &raw const _stack_start);
-    let size = start as usize - end as usize;
-    let mut painted = 0;
-    // SAFETY: the linker script puts the words from `_stack_end` up to `_stack_start` in RAM, and
-    // the loop stops below the present frame at the latest, whose words are no paint. Nothing
-    // below the stack pointer belongs to a Rust object.
-    while painted < size
-        && unsafe { ptr::read_volatile(end.byte_add(painted)) } == STACK_PAINT_VALUE
-    {
-        painted += size_of::<u32>();
-    }
-    (size - painted, size)
-}
-
-#[exception]
-unsafe fn HardFault(frame: &ExceptionFrame) -> ! {
-    if let Ok(mut out) = hio::hstdout() {
-        // There is nobody left to tell if this write fails.
-        let _ = writeln!(out, "device: FAILED: hard fault at {:#010x}", frame.pc());
-    }
-    loop {
-        debug::exit(debug::EXIT_FAILURE);
-    }
 }

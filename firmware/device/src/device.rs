@@ -12,26 +12,43 @@ use device_core::trigger::{Flag, Observation, Trigger, TriggerConfig, TriggerErr
 use device_core::uplink::{self, Uplink, UplinkConfig};
 use embedded_storage::nor_flash::NorFlash;
 use flywheel_shared::envelope;
-use flywheel_shared::ids::{DeviceId, Digest};
-use flywheel_shared::message::{Codec, Down, EpochBook, Hello, OfferMessage, Sample, Scores, Up};
-use flywheel_shared::trust::{Judge, TrustRoot};
+use flywheel_shared::ids::{DEVICE_ID_MAX, DeviceId, Digest};
+use flywheel_shared::message::{
+    Ack, Attest, Codec, EpochBook, Hello, OfferMessage, Refused, Sample, Scores, SlotSeen,
+};
+use flywheel_shared::trust::{
+    Accepted, BatchHash, Floor, Judge, Signed, SignedRoot, Timekeeper, TrustError, TrustRoot,
+};
 use flywheel_shared::{MAX_MESSAGE, WIRE_VERSION};
+use serde::{Deserialize, Serialize};
 
-use crate::batch::{HEAD_MAX, SIGNATURE_MAX, batch};
+use crate::batch::{head, tail};
 use crate::{Answer, DIM, Input, Link, Timed};
 
 /// Steps that one input may lead to before something is wrong.
 const CHAIN: usize = 64;
+/// Longest message without records in bytes, envelope included: a hello, that is a variant, a device
+/// id and two numbers.
+const SHORT: usize = envelope::HEADER + 1 + (1 + DEVICE_ID_MAX) + 3 + 5;
 
-/// Who the device is and whom it believes.
+/// Who the device is.
 #[derive(Clone, Debug)]
 pub struct Identity {
     /// Its name.
     pub device: DeviceId,
     /// Its hardware class.
     pub hardware: &'static str,
-    /// The pinned keys.
+}
+
+/// What the board has kept of earlier starts. On a new device all but the root is the default.
+#[derive(Clone, Debug, Default)]
+pub struct Kept {
+    /// The newest trust root: the one it was enrolled with, or what came in [`Board::keep_root`].
     pub trust: TrustRoot,
+    /// The last of [`Board::keep_time`].
+    pub time: Floor,
+    /// The slot's record.
+    pub record: SlotRecord,
 }
 
 /// How it spends and sends.
@@ -39,7 +56,7 @@ pub struct Identity {
 pub struct Config {
     /// The trigger's.
     pub trigger: TriggerConfig,
-    /// The uplink's. A batch is never longer than the buffer.
+    /// The uplink's. A batch must have room for the longest record of a slot.
     pub uplink: UplinkConfig,
     /// Bytes of a spool slot.
     pub slot_bytes: u32,
@@ -47,14 +64,24 @@ pub struct Config {
 
 /// What the device asks of the hardware around it.
 pub trait Board {
-    /// Sends a message, envelope included.
-    fn send(&mut self, message: &[u8]);
+    /// A message of `len` bytes, envelope included, follows in pieces.
+    fn begin(&mut self, len: usize);
+
+    /// Sends the next piece of it. Should the spool's flash fail between two pieces, `connect(false)`
+    /// comes in place of the next.
+    fn send(&mut self, piece: &[u8]);
 
     /// Opens or closes the link; what became of it comes as [`Input::Link`].
     fn connect(&mut self, up: bool);
 
     /// Signs with the device's own key.
     fn sign(&mut self, digest: &Digest) -> [u8; 64];
+
+    /// Keeps the newest trust root, before anything is believed that relies on it.
+    fn keep_root(&mut self, root: &SignedRoot<'_>);
+
+    /// Keeps how far time has come.
+    fn keep_time(&mut self, floor: Floor);
 
     /// Does what the slot asks for and returns the event that answers it, if any.
     fn act(&mut self, action: slot::Action) -> Option<slot::Event>;
@@ -114,20 +141,21 @@ pub struct Counts {
 /// A device; `N` is the length of the spool's table.
 pub struct Device<'a, F, const N: usize> {
     identity: &'a Identity,
+    trust: TrustRoot,
+    time: Timekeeper,
+    /// The question to the cloud that is not answered yet.
+    asked: Option<u64>,
     params: Params<'a>,
     trigger: Trigger,
     flicker: Flicker,
     spool: Spool<F, N>,
     uplink: Uplink,
     slot: Slot,
-    buffer: &'a mut [u8],
     counts: Counts,
 }
 
 impl<'a, F: NorFlash, const N: usize> Device<'a, F, N> {
-    /// Starts, in `place`, with the spool that lies in `flash` and the slot record that the board
-    /// has kept. `buffer` is where messages are built: a slot and [`HEAD_MAX`] and
-    /// [`SIGNATURE_MAX`] bytes.
+    /// Starts, in `place`, with the spool that lies in `flash` and what the board has kept.
     ///
     /// # Errors
     /// [`Failure::Trigger`] or [`Failure::Spool`].
@@ -135,26 +163,26 @@ impl<'a, F: NorFlash, const N: usize> Device<'a, F, N> {
     pub fn start(
         place: &mut Option<Self>,
         (identity, params, config): (&'a Identity, Params<'a>, Config),
-        record: SlotRecord,
+        kept: Kept,
         flash: F,
-        buffer: &'a mut [u8],
     ) -> Result<Recovery, Failure> {
         let range = 0..flash.capacity() as u32;
         let (spool, recovery) = Spool::open(flash, range, config.slot_bytes)?;
-        // A record that fits a slot must fit the buffer, or the spool would never be empty again.
-        let longest = (config.slot_bytes - OVERHEAD) as usize;
-        if buffer.len() < HEAD_MAX + longest + SIGNATURE_MAX {
+        // A record that fits a slot must fit a batch, or the spool would never be empty again.
+        if config.uplink.batch_bytes < config.slot_bytes - OVERHEAD {
             return Err(Failure::Spool);
         }
         *place = Some(Self {
             identity,
+            trust: kept.trust,
+            time: Timekeeper::new(kept.time),
+            asked: None,
             params,
             trigger: Trigger::new(config.trigger).map_err(Failure::Trigger)?,
             flicker: Flicker::default(),
             spool,
             uplink: Uplink::new(config.uplink),
-            slot: Slot::new(record),
-            buffer,
+            slot: Slot::new(kept.record),
             counts: Counts::default(),
         });
         Ok(recovery)
@@ -164,14 +192,17 @@ impl<'a, F: NorFlash, const N: usize> Device<'a, F, N> {
     ///
     /// # Errors
     /// [`Failure::Endless`], which would be a bug.
+    #[inline(never)] // What is called from outside is kept apart from what calls it.
     pub fn boot(&mut self, board: &mut impl Board) -> Result<(), Failure> {
-        self.slot(slot::Event::Boot, board)
+        self.slot(slot::Event::Boot, board)?;
+        self.trusted(board)
     }
 
     /// Takes an input and has the board do everything that follows from it.
     ///
     /// # Errors
     /// [`Failure`]; whatever was flagged is in the books all the same.
+    #[inline(never)] // See `boot`.
     pub fn take(&mut self, timed: &Timed<'_>, board: &mut impl Board) -> Result<(), Failure> {
         let &Timed {
             now_ms,
@@ -182,7 +213,7 @@ impl<'a, F: NorFlash, const N: usize> Device<'a, F, N> {
             Input::Link(Link::Tick) => uplink::Event::Tick,
             Input::Link(Link::Connected) => uplink::Event::Connected,
             Input::Link(Link::Closed) => uplink::Event::Closed,
-            Input::Message(bytes) => self.receive(now_ms, bytes, board)?,
+            Input::Message(bytes) => self.receive(now_ms, draw, bytes, board)?,
             Input::Frame(answer) => {
                 self.frame(now_ms, draw, answer, board)?;
                 uplink::Event::Tick
@@ -278,7 +309,7 @@ impl<'a, F: NorFlash, const N: usize> Device<'a, F, N> {
         let mut sample = Sample {
             seq: 0,
             frame: answer.frame,
-            captured_ms: now_ms,
+            captured_ms: self.unix_ms(now_ms).unwrap_or(now_ms),
             track: answer.track,
             model,
             lane: flag.lane,
@@ -296,63 +327,182 @@ impl<'a, F: NorFlash, const N: usize> Device<'a, F, N> {
     }
 
     /// Takes a message in; returns what the uplink is to hear of it.
+    ///
+    /// Read by its number, as [`Down`](flywheel_shared::message::Down) has them, so that the stack
+    /// holds one kind of message at a time and what only the board understands is not decoded.
+    #[inline(never)]
     fn receive(
         &mut self,
         now_ms: u64,
+        draw: u32,
         bytes: &[u8],
         board: &mut impl Board,
     ) -> Result<uplink::Event, Failure> {
         let (payload, _) = envelope::split(bytes, MAX_MESSAGE).map_err(|_| Failure::Message)?;
-        match postcard::from_bytes(payload).map_err(|_| Failure::Message)? {
-            Down::Welcome(_) => Ok(uplink::Event::Welcomed),
-            Down::Ack(ack) => {
-                let records = self.spool.acknowledge(ack.epoch, &ack.ranges)?;
-                self.counts.acknowledged += records;
-                Ok(uplink::Event::Acked { records })
+        let (number, rest) = payload.split_first().ok_or(Failure::Message)?;
+        match *number {
+            number::WELCOME => {
+                self.ask(now_ms, draw, board)?;
+                return Ok(uplink::Event::Welcomed);
             }
-            Down::Offer(message) => {
-                if let Some(event) = self.offer(now_ms, &message) {
+            number::ACK => return self.acknowledged(rest),
+            number::OFFER => {
+                let event = match self.offer(now_ms, rest)? {
+                    Ok(event) => Some(event),
+                    Err(error) if error.is_curable() => {
+                        self.ask(now_ms, draw, board)?;
+                        None
+                    }
+                    // Without a signature that holds, it is nobody's.
+                    Err(_) => None,
+                };
+                if let Some((event, issued_ms)) = event {
+                    self.heard(issued_ms, board);
                     self.slot(event, board)?;
                 }
-                Ok(uplink::Event::Tick)
             }
-            Down::SlotSeen(seen) => {
-                self.slot(
-                    slot::Event::ReportSeen {
-                        digest: seen.manifest,
-                        state: seen.state,
-                    },
-                    board,
-                )?;
-                Ok(uplink::Event::Tick)
+            number::REFUSED => {
+                let Refused {
+                    code,
+                    retry_after_ms,
+                } = read(rest)?;
+                return Ok(uplink::Event::Refused {
+                    code,
+                    retry_after_ms,
+                });
             }
-            Down::Refused(refused) => Ok(uplink::Event::Refused {
-                code: refused.code,
-                retry_after_ms: refused.retry_after_ms,
-            }),
+            number::SLOT_SEEN => {
+                let SlotSeen { manifest, state } = read(rest)?;
+                let event = slot::Event::ReportSeen {
+                    digest: manifest,
+                    state,
+                };
+                self.slot(event, board)?;
+            }
+            number::ROOT => self.root(rest, board)?,
+            number::TIME => self.answered(now_ms, rest, board)?,
             // Model bytes and wishes are the board's business.
-            Down::Chunk(_) | Down::Desired(_) => Ok(uplink::Event::Tick),
+            number::CHUNK | number::DESIRED => {}
+            _ => return Err(Failure::Message),
+        }
+        Ok(uplink::Event::Tick)
+    }
+
+    #[inline(never)]
+    fn acknowledged(&mut self, ack: &[u8]) -> Result<uplink::Event, Failure> {
+        let ack: Ack = read(ack)?;
+        let records = self.spool.acknowledge(ack.epoch, &ack.ranges)?;
+        self.counts.acknowledged += records;
+        Ok(uplink::Event::Acked { records })
+    }
+
+    /// What the slot is to hear of an offer, and when it was signed.
+    #[inline(never)]
+    fn offer(
+        &self,
+        now_ms: u64,
+        message: &[u8],
+    ) -> Result<Result<(slot::Event, u64), TrustError>, Failure> {
+        let message: OfferMessage<'_> = read(message)?;
+        let key = self.trust.release_id();
+        let judge = Judge {
+            trust: &self.trust,
+            device: &self.identity.device,
+            hardware: self.identity.hardware,
+            floor: self.slot.record().floor.under(key, self.trust.min_sequence),
+            now_ms: self.unix_ms(now_ms),
+        };
+        Ok(judge.offer(message.offer, message.manifest).map(
+            |Accepted {
+                 manifest,
+                 issued_ms,
+             }| {
+                let event = slot::Event::Offer {
+                    model: Held {
+                        digest: manifest.digest(),
+                        sequence: manifest.sequence,
+                    },
+                    bounds: manifest.trial,
+                    key,
+                };
+                (event, issued_ms)
+            },
+        ))
+    }
+
+    /// Takes the root that follows the one in hand. Any other is passed over: the cloud repeats
+    /// what it wants.
+    #[inline(never)]
+    fn root(&mut self, message: &[u8], board: &mut impl Board) -> Result<(), Failure> {
+        let signed: SignedRoot<'_> = read(message)?;
+        if !self.next_root(&signed) {
+            return Ok(());
+        }
+        board.keep_root(&signed);
+        self.trusted(board)
+    }
+
+    #[inline(never)]
+    fn next_root(&mut self, signed: &SignedRoot<'_>) -> bool {
+        match self.trust.update(*signed) {
+            Ok(next) => {
+                self.trust = next.into_inner();
+                true
+            }
+            Err(_) => false,
         }
     }
 
-    /// What the slot is to hear of an offer. Without a signature that holds, it is nobody's.
-    #[inline(never)]
-    fn offer(&self, now_ms: u64, message: &OfferMessage<'_>) -> Option<slot::Event> {
-        let judge = Judge {
-            trust: &self.identity.trust,
-            device: &self.identity.device,
-            hardware: self.identity.hardware,
-            floor: self.slot.record().floor(),
-            now_ms,
+    /// Tells the slot which release key is believed.
+    fn trusted(&mut self, board: &mut impl Board) -> Result<(), Failure> {
+        let key = self.trust.release_id();
+        self.slot(slot::Event::Trusted { key }, board)
+    }
+
+    /// Asks the cloud for newer roots and the time.
+    fn ask(&mut self, now_ms: u64, draw: u32, board: &mut impl Board) -> Result<(), Failure> {
+        // No question is like another, and none can be told in advance.
+        let nonce = u64::from(draw) << 32 | now_ms & u64::from(u32::MAX);
+        self.asked = Some(nonce);
+        let question = Attest {
+            nonce,
+            root_version: self.trust.version,
         };
-        let manifest = judge.offer(message.offer, message.manifest).ok()?;
-        Some(slot::Event::Offer {
-            model: Held {
-                digest: manifest.digest(),
-                sequence: manifest.sequence,
-            },
-            bounds: manifest.trial,
-        })
+        self.tell(number::ATTEST, &question, board)
+    }
+
+    /// Takes signed time, if it answers the question.
+    #[inline(never)]
+    fn answered(
+        &mut self,
+        now_ms: u64,
+        message: &[u8],
+        board: &mut impl Board,
+    ) -> Result<(), Failure> {
+        let signed: Signed<'_> = read(message)?;
+        let device = &self.identity.device;
+        if let Some(nonce) = self.asked
+            && self
+                .time
+                .answer(&self.trust, device, nonce, signed, now_ms)
+                .is_ok()
+        {
+            self.asked = None;
+            board.keep_time(self.time.floor());
+        }
+        Ok(())
+    }
+
+    /// Takes the time at which a believed offer was signed.
+    fn heard(&mut self, issued_ms: u64, board: &mut impl Board) {
+        if self.time.heard(&self.trust, issued_ms) {
+            board.keep_time(self.time.floor());
+        }
+    }
+
+    /// Unix milliseconds, if they are known.
+    fn unix_ms(&self, now_ms: u64) -> Option<u64> {
+        self.time.now(&self.trust, Some(now_ms), now_ms)
     }
 
     /// Gives the slot an event and the board its actions, until nothing is left to do.
@@ -417,8 +567,11 @@ impl<'a, F: NorFlash, const N: usize> Device<'a, F, N> {
                 }));
             }
             uplink::Action::SendHello => self.hello(board)?,
-            uplink::Action::Send { max_records, .. } => {
-                let records = self.send(max_records, board)?;
+            uplink::Action::Send {
+                max_records,
+                max_bytes,
+            } => {
+                let records = self.send(max_records, max_bytes, board)?;
                 return Ok(Some(uplink::Event::Sent { records }));
             }
             // A health message needs facts that the board has; it sends them itself.
@@ -428,40 +581,186 @@ impl<'a, F: NorFlash, const N: usize> Device<'a, F, N> {
     }
 
     fn hello(&mut self, board: &mut impl Board) -> Result<(), Failure> {
-        let hello = Up::Hello(Hello {
+        let hello = Hello {
             device: self.identity.device.clone(),
             wire_version: WIRE_VERSION,
             epoch: self.spool.epoch(),
-        });
-        let (header, payload) = self
-            .buffer
-            .split_at_mut_checked(envelope::HEADER)
-            .ok_or(Failure::Message)?;
-        let len = postcard::to_slice(&hello, payload)
-            .map_err(|_| Failure::Message)?
-            .len();
-        header.copy_from_slice(&envelope::header(&payload[..len]));
-        board.send(&self.buffer[..envelope::HEADER + len]);
+        };
+        self.tell(number::HELLO, &hello, board)
+    }
+
+    /// Sends a message without records. Not as an [`Up`](flywheel_shared::message::Up), which is as
+    /// long as the longest message: 4.5 KB of stack.
+    fn tell(
+        &mut self,
+        number: u8,
+        message: &impl Serialize,
+        board: &mut impl Board,
+    ) -> Result<(), Failure> {
+        let mut bytes = [0; SHORT];
+        let message = envelope::seal(&(number, message), &mut bytes).ok_or(Failure::Message)?;
+        board.begin(message.len());
+        board.send(message);
         self.counts.messages += 1;
         Ok(())
     }
 
+    /// Sends the next batch. Its records are read twice: to be signed and summed up, and to be sent.
     #[inline(never)]
-    fn send(&mut self, max_records: u32, board: &mut impl Board) -> Result<u32, Failure> {
-        let room = HEAD_MAX..self.buffer.len() - SIGNATURE_MAX;
+    fn send(
+        &mut self,
+        max_records: u32,
+        max_bytes: u32,
+        board: &mut impl Board,
+    ) -> Result<u32, Failure> {
         let most = u16::try_from(max_records).unwrap_or(u16::MAX);
-        let Some(taken) = self.spool.take(most, &mut self.buffer[room])? else {
+        let Some(taken) = self.spool.take(most, max_bytes as usize)? else {
             return Ok(0);
         };
-        let message = batch(
-            self.buffer,
-            &self.identity.device,
-            (taken.epoch, taken.count, taken.len),
-            |digest| board.sign(digest),
-        )
-        .map_err(|_| Failure::Message)?;
-        board.send(message);
+        let mut hash = BatchHash::new(&self.identity.device, taken.epoch, taken.count);
+        let mut sum = envelope::Pieces::new();
+        let head = head(taken.epoch, taken.count, taken.len as u32);
+        sum.update(&head);
+        self.spool.read(&taken, &mut |piece| {
+            hash.update(piece);
+            sum.update(piece);
+        })?;
+        let tail = tail(&board.sign(&hash.digest()));
+        sum.update(&tail);
+        board.begin(envelope::HEADER + head.len() + taken.len + tail.len());
+        board.send(&sum.header());
+        board.send(&head);
+        let sent = self.spool.read(&taken, &mut |piece| board.send(piece));
+        if sent.is_err() {
+            board.connect(false);
+        }
+        sent?;
+        board.send(&tail);
         self.counts.messages += 1;
         Ok(u32::from(taken.count))
+    }
+}
+
+/// Decodes what stands behind a message's number.
+fn read<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, Failure> {
+    postcard::from_bytes(bytes).map_err(|_| Failure::Message)
+}
+
+/// The numbers of the variants of [`Up`](flywheel_shared::message::Up) and
+/// [`Down`](flywheel_shared::message::Down), which never change.
+mod number {
+    pub(super) const HELLO: u8 = 0;
+    pub(super) const ATTEST: u8 = 5;
+
+    pub(super) const WELCOME: u8 = 0;
+    pub(super) const ACK: u8 = 1;
+    pub(super) const OFFER: u8 = 2;
+    pub(super) const CHUNK: u8 = 3;
+    pub(super) const DESIRED: u8 = 4;
+    pub(super) const REFUSED: u8 = 5;
+    pub(super) const SLOT_SEEN: u8 = 6;
+    pub(super) const ROOT: u8 = 7;
+    pub(super) const TIME: u8 = 8;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use flywheel_shared::message::{Chunk, Desired, Down, RefusedCode, SlotState, Up, Welcome};
+
+    #[test]
+    fn messages_have_the_numbers_of_the_wire_format() {
+        let signed = Signed {
+            body: &[1],
+            signature: &[2],
+        };
+        let digest = Digest([3; 32]);
+        let all = [
+            (
+                number::WELCOME,
+                Down::Welcome(Welcome {
+                    wire_version: 1,
+                    now_ms: 2,
+                }),
+            ),
+            (
+                number::ACK,
+                Down::Ack(Ack {
+                    epoch: 1,
+                    ranges: Default::default(),
+                }),
+            ),
+            (
+                number::OFFER,
+                Down::Offer(OfferMessage {
+                    offer: signed,
+                    manifest: signed,
+                }),
+            ),
+            (
+                number::CHUNK,
+                Down::Chunk(Chunk {
+                    digest,
+                    offset: 0,
+                    bytes: &[],
+                }),
+            ),
+            (
+                number::DESIRED,
+                Down::Desired(Desired {
+                    run_until: 0,
+                    health_at_ms: 0,
+                }),
+            ),
+            (
+                number::REFUSED,
+                Down::Refused(Refused {
+                    code: RefusedCode::Storage,
+                    retry_after_ms: 1,
+                }),
+            ),
+            (
+                number::SLOT_SEEN,
+                Down::SlotSeen(SlotSeen {
+                    manifest: digest,
+                    state: SlotState::Trial,
+                }),
+            ),
+            (
+                number::ROOT,
+                Down::Root(SignedRoot {
+                    body: &[1],
+                    signatures: &[2],
+                }),
+            ),
+            (number::TIME, Down::Time(signed)),
+        ];
+        for (number, message) in all {
+            let mut bytes = [0; 128];
+            assert_eq!(postcard::to_slice(&message, &mut bytes).unwrap()[0], number);
+        }
+        let hello = Hello {
+            device: "cam1".parse().unwrap(),
+            wire_version: 300,
+            epoch: u32::MAX,
+        };
+        let question = Attest {
+            nonce: u64::MAX,
+            root_version: 1,
+        };
+        assert_eq!(
+            bytes(&(number::HELLO, &hello)),
+            bytes(&Up::Hello(hello.clone()))
+        );
+        assert_eq!(
+            bytes(&(number::ATTEST, &question)),
+            bytes(&Up::Attest(question))
+        );
+    }
+
+    fn bytes(message: &impl Serialize) -> heapless::Vec<u8, SHORT> {
+        let mut buffer = [0; SHORT];
+        let sealed = envelope::seal(message, &mut buffer).unwrap();
+        heapless::Vec::from_slice(sealed).unwrap()
     }
 }

@@ -7,10 +7,9 @@
 
 mod batch;
 mod device;
-pub mod replay;
 
-pub use batch::{BatchError, HEAD_MAX, SIGNATURE_MAX, batch};
-pub use device::{Board, Config, Counts, Device, Failure, Identity};
+pub use batch::{HEAD_MAX, TAIL};
+pub use device::{Board, Config, Counts, Device, Failure, Identity, Kept};
 
 use heapless::Vec;
 use serde::{Deserialize, Serialize};
@@ -69,7 +68,8 @@ pub struct Answer<'a> {
 /// An input with its time and its chance.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Timed<'a> {
-    /// Unix milliseconds.
+    /// Milliseconds by a clock that does not run backwards: Unix time, or where the device has no
+    /// such clock, any. It is believed no further than signed time goes.
     pub now_ms: u64,
     /// 32 random bits.
     pub draw: u32,

@@ -44,7 +44,7 @@ fn main() -> ExitCode {
 
 /// New flash for the scenario.
 fn flash() -> Vec<u8> {
-    vec![0xFF; firmware_device::replay::CELLS]
+    vec![0xFF; firmware_replay::CELLS]
 }
 
 /// Writes every vector into a folder that exists.

@@ -6,13 +6,14 @@
 use device_core::params::{Params, Shape};
 use device_core::score::{knot_level, normalise, score};
 use ed25519_dalek::SigningKey;
+use firmware_scenario::living::rollout_key;
 use firmware_scenario::stream::{CLASSES, DIM, GAIN, Scene, Stream, World};
-use firmware_scenario::vectors::{DEVICE, HARDWARE, MADE_MS, SEQUENCE, UNTIL_MS};
+use firmware_scenario::vectors::{DEVICE, HARDWARE, MADE_MS, NONCE, SEQUENCE, SIGNED_MS, UNTIL_MS};
 use flywheel_shared::ids::Digest;
 use flywheel_shared::spec::Golden;
 use flywheel_shared::trust::{
-    MAX_BODY, Manifest, Offer, Part, PartKind, RUNTIME_ABI, Role, Signed, TrialBounds, TrustRoot,
-    sign,
+    Keys, MAX_BODY, Manifest, Offer, Part, PartKind, RUNTIME_ABI, Role, Signed, SignedRoot,
+    TimeStamp, TrialBounds, TrustRoot, sign,
 };
 use serde::Serialize;
 
@@ -30,13 +31,25 @@ type Square = [[f64; DIM]; DIM];
 
 /// File names and contents.
 pub fn make() -> Result<Vec<(&'static str, Vec<u8>)>, String> {
-    let [root, release, rollout] = [1u8, 2, 3].map(|seed| SigningKey::from_bytes(&[seed; 32]));
-    let public = |key: &SigningKey| key.verifying_key().to_bytes();
-    let trust = TrustRoot {
+    let [release, rollout] = [2u8, 3].map(|seed| SigningKey::from_bytes(&[seed; 32]));
+    let roots = [1u8, 6, 7].map(|seed| SigningKey::from_bytes(&[seed; 32]));
+    let first = TrustRoot {
         version: 1,
-        root: public(&root),
+        issued_ms: SIGNED_MS,
+        expires_ms: 2 * UNTIL_MS,
+        root: Keys {
+            threshold: 2,
+            keys: roots.iter().map(public).collect(),
+        },
         release: public(&release),
         rollout: public(&rollout),
+        min_sequence: 0,
+    };
+    let rollout = rollout_key();
+    let second = TrustRoot {
+        version: 2,
+        rollout: public(&rollout),
+        ..first.clone()
     };
     let scores = scores()?;
     let golden = golden()?;
@@ -53,6 +66,7 @@ pub fn make() -> Result<Vec<(&'static str, Vec<u8>)>, String> {
             min_confidence: 0.5,
         },
         parts: Default::default(),
+        deltas: Default::default(),
     };
     for (kind, bytes) in [(PartKind::Scores, &scores), (PartKind::Golden, &golden)] {
         let part = Part {
@@ -72,16 +86,24 @@ pub fn make() -> Result<Vec<(&'static str, Vec<u8>)>, String> {
             .map_err(|error| format!("{DEVICE}: {error}"))?,
         manifest: Digest::of(&body),
         sequence: SEQUENCE,
+        issued_ms: SIGNED_MS,
         expires_ms: UNTIL_MS,
         nonce: 1,
     };
+    let time = TimeStamp {
+        device: offer.device.clone(),
+        nonce: NONCE,
+        now_ms: MADE_MS,
+    };
     Ok(vec![
-        ("root.bin", seal(Role::Root, &root, &encode(&trust)?)?),
+        ("root.bin", seal_root(&first, &roots[..2])?),
+        ("root2.bin", seal_root(&second, &roots[1..])?),
         ("manifest.bin", seal(Role::Release, &release, &body)?),
         (
             "offer.bin",
             seal(Role::Rollout, &rollout, &encode(&offer)?)?,
         ),
+        ("time.bin", seal(Role::Time, &rollout, &encode(&time)?)?),
         ("scores.bin", scores),
         ("golden.bin", golden),
     ])
@@ -98,6 +120,20 @@ fn seal(role: Role, key: &SigningKey, body: &[u8]) -> Result<Vec<u8>, String> {
     encode(&Signed {
         body,
         signature: &signature,
+    })
+}
+
+fn public(key: &SigningKey) -> [u8; 32] {
+    key.verifying_key().to_bytes()
+}
+
+fn seal_root(root: &TrustRoot, keys: &[SigningKey]) -> Result<Vec<u8>, String> {
+    let body = encode(root)?;
+    let pair = |key| [&public(key)[..], &sign(Role::Root, key, &body)].concat();
+    let signatures: Vec<u8> = keys.iter().flat_map(pair).collect();
+    encode(&SignedRoot {
+        body: &body,
+        signatures: &signatures,
     })
 }
 
@@ -272,8 +308,10 @@ mod tests {
         let made = make().unwrap();
         let committed = [
             ("root.bin", vectors::ROOT),
+            ("root2.bin", vectors::ROOT2),
             ("manifest.bin", vectors::MANIFEST),
             ("offer.bin", vectors::OFFER),
+            ("time.bin", vectors::TIME),
             ("scores.bin", vectors::SCORES),
             ("golden.bin", vectors::GOLDEN),
         ];

@@ -4,10 +4,10 @@ use core::alloc::{GlobalAlloc, Layout};
 use core::fmt::Write as _;
 use core::sync::atomic::{AtomicUsize, Ordering};
 
-use cortex_m_rt::{ExceptionFrame, entry, exception};
-use cortex_m_semihosting::{debug, hio};
+use cortex_m_rt::entry;
+use cortex_m_semihosting::hio;
 use embedded_alloc::LlffHeap;
-use firmware_infer::run::{SLOT, Step, run};
+use firmware_infer::run::{SLOT, run};
 use panic_semihosting as _;
 
 /// Where the emulator puts the model slot, as external flash would be mapped.
@@ -48,10 +48,7 @@ static ALLOCATOR: Counted = Counted {
 fn main() -> ! {
     // SAFETY: called once, before anything is allocated; nothing else lies at these addresses.
     unsafe { ALLOCATOR.heap.init(HEAP_AT, HEAP) };
-    let status = report();
-    loop {
-        debug::exit(status);
-    }
+    firmware_board::end(report())
 }
 
 fn report() -> Result<(), ()> {
@@ -59,13 +56,9 @@ fn report() -> Result<(), ()> {
     // SAFETY: memory that the emulator filled before the start and nobody writes to.
     let slot = unsafe { core::slice::from_raw_parts(SLOT_AT as *const u8, SLOT) };
     let (mut load_peak, mut resident) = (0, 0);
-    let result = run(&mut out, slot, |step| {
-        if step == Step::Loaded {
-            load_peak = ALLOCATOR
-                .peak
-                .swap(ALLOCATOR.heap.used(), Ordering::Relaxed);
-            resident = ALLOCATOR.heap.used();
-        }
+    let result = run(&mut out, slot, || {
+        resident = ALLOCATOR.heap.used();
+        load_peak = ALLOCATOR.peak.swap(resident, Ordering::Relaxed);
     });
     let run_peak = ALLOCATOR.peak.load(Ordering::Relaxed);
     writeln!(
@@ -78,15 +71,4 @@ fn report() -> Result<(), ()> {
         return Err(());
     }
     Ok(())
-}
-
-#[exception]
-unsafe fn HardFault(frame: &ExceptionFrame) -> ! {
-    if let Ok(mut out) = hio::hstdout() {
-        // There is nobody left to tell if this write fails.
-        let _ = writeln!(out, "device: FAILED: hard fault at {:#010x}", frame.pc());
-    }
-    loop {
-        debug::exit(debug::EXIT_FAILURE);
-    }
 }

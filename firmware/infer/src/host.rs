@@ -33,7 +33,7 @@ fn print() -> Result<(), String> {
 fn expected() -> Result<String, String> {
     let slot = slot_bytes().map_err(|error| error.to_string())?;
     let mut text = String::new();
-    run(&mut text, &slot, |_| {}).map_err(|failure| failure.to_string())?;
+    run(&mut text, &slot, || {}).map_err(|failure| failure.to_string())?;
     Ok(text)
 }
 

@@ -95,15 +95,11 @@ pub fn slot_bytes() -> Result<Vec<u8>, ModelError> {
 }
 
 /// Loads the record in `slot`, refuses damaged copies of it, and prints the answers to all
-/// pictures, one a line.
+/// pictures, one a line. `loaded` is called once the network is built.
 ///
 /// # Errors
 /// [`Failure`].
-pub fn run(
-    out: &mut impl Write,
-    slot: &[u8],
-    mut measure: impl FnMut(Step),
-) -> Result<(), Failure> {
+pub fn run(out: &mut impl Write, slot: &[u8], loaded: impl FnOnce()) -> Result<(), Failure> {
     let (record, _) = envelope::split(slot, SLOT).map_err(|_| Failure::Slot)?;
     // Blank flash of zeros is an envelope of nothing.
     let Some((_, cut)) = record.split_last() else {
@@ -114,13 +110,12 @@ pub fn run(
         return Err(Failure::Believed);
     }
     let mut plan = FlexPlan::load(CONFIG, record)?;
-    measure(Step::Loaded);
+    loaded();
     let mut logits = vec![0.0; plan.classes()];
     let mut embedding = vec![0.0; plan.embedding_dim()];
     let mut lcg = Lcg(0xF00D);
     for picture in 0..PICTURES {
         let input: Vec<f32> = (0..plan.input_len()).map(|_| lcg.signed()).collect();
-        measure(Step::Begin);
         plan.run(
             &input,
             &mut Output {
@@ -128,7 +123,6 @@ pub fn run(
                 embedding: &mut embedding,
             },
         )?;
-        measure(Step::End);
         for (name, values) in [("logits", &logits), ("embedding", &embedding)] {
             write!(out, "infer: picture {picture} {name}")?;
             values
@@ -151,17 +145,6 @@ pub fn run(
     } else {
         Err(Failure::Believed)
     }
-}
-
-/// Where a run is, for whoever measures it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Step {
-    /// The network is built.
-    Loaded,
-    /// An inference begins.
-    Begin,
-    /// An inference has ended.
-    End,
 }
 
 /// The largest difference between the numbers with a decimal point in two outputs; an error in
@@ -219,17 +202,14 @@ mod tests {
         let mut slot = slot_bytes().unwrap();
         let [first, second] = [(); 2].map(|()| {
             let mut text = String::new();
-            run(&mut text, &slot, |_| {}).unwrap();
+            run(&mut text, &slot, || {}).unwrap();
             text
         });
         assert_eq!(difference(&first, &second), Ok(0.0));
         let at = slot.len() / 2;
         slot[at] ^= 1;
-        assert_eq!(run(&mut String::new(), &slot, |_| {}), Err(Failure::Slot));
-        assert_eq!(
-            run(&mut String::new(), &[0; 64], |_| {}),
-            Err(Failure::Slot)
-        );
+        assert_eq!(run(&mut String::new(), &slot, || {}), Err(Failure::Slot));
+        assert_eq!(run(&mut String::new(), &[0; 64], || {}), Err(Failure::Slot));
     }
 
     #[test]

@@ -1,17 +1,23 @@
 //! The device alone: no scenario, no vectors, no text. It plays a recording that the emulator puts
 //! in memory and says in numbers what came of it; `firmware-host replay` must say the same.
+//!
+//! What no product has (the player of the recording, the simulated flash, the output) lies in a
+//! section of its own, `.harness`, in a memory of its own, and is measured apart. Whatever else the
+//! linker finds is the product's, so what both use is counted as the product's too.
 #![no_std]
 #![no_main]
 
-use core::fmt::Write as _;
+use core::mem::MaybeUninit;
 use core::panic::PanicInfo;
-use core::ptr;
 
 use cortex_m::peripheral::syst::SystClkSource;
 use cortex_m::peripheral::{Peripherals, SYST};
-use cortex_m_rt::{STACK_PAINT_VALUE, entry, exception};
-use cortex_m_semihosting::{debug, hio};
-use firmware_device::replay::{BUFFER, CELLS, Flash, Summary, replay};
+use cortex_m_rt::entry;
+use cortex_m_semihosting::hio;
+use device_core::spool::sim::{NorSim, SimError};
+use embedded_storage::nor_flash::{ErrorType, NorFlash, ReadNorFlash};
+use firmware_device::{Device, Identity, Timed};
+use firmware_replay::{CELLS, ENTRIES, ERASE, Memory, Summary, VALUES, replay};
 
 /// Longest recording in bytes.
 const RECORDING: usize = 8 << 20;
@@ -19,94 +25,105 @@ const RECORDING: usize = 8 << 20;
 const RELOAD: u32 = 1 << 24;
 
 unsafe extern "C" {
-    // Set by the linker script of cortex-m-rt; only their addresses mean something.
-    static _stack_end: u32;
-    static _stack_start: u32;
-    // Set by `memory.x`.
+    // Set by `memory.x`; only their addresses mean something.
     static mut _nor: [u8; CELLS];
+    static mut _values: [f32; VALUES];
     static _recording: [u8; RECORDING];
 }
 
-/// Where the device builds its messages.
-static mut MESSAGE: [u8; BUFFER] = [0; BUFFER];
+/// The device's own memory. Uninitialised, so that it takes no flash.
+static mut DEVICE: MaybeUninit<Option<Device<'static, Chip, ENTRIES>>> = MaybeUninit::uninit();
+static mut IDENTITY: MaybeUninit<Option<Identity>> = MaybeUninit::uninit();
 
-#[entry]
-fn main() -> ! {
-    let status = run();
-    loop {
-        debug::exit(status);
+/// The flash part. A product has the driver of its own, so this counts as the harness's.
+struct Chip(NorSim<'static, 4, ERASE>);
+
+impl ErrorType for Chip {
+    type Error = SimError;
+}
+
+impl ReadNorFlash for Chip {
+    const READ_SIZE: usize = <NorSim<'_, 4, ERASE> as ReadNorFlash>::READ_SIZE;
+
+    #[inline(never)]
+    #[unsafe(link_section = ".harness")]
+    fn read(&mut self, offset: u32, bytes: &mut [u8]) -> Result<(), SimError> {
+        self.0.read(offset, bytes)
+    }
+
+    fn capacity(&self) -> usize {
+        CELLS
     }
 }
 
+impl NorFlash for Chip {
+    const WRITE_SIZE: usize = <NorSim<'_, 4, ERASE> as NorFlash>::WRITE_SIZE;
+    const ERASE_SIZE: usize = ERASE;
+
+    #[inline(never)]
+    #[unsafe(link_section = ".harness")]
+    fn erase(&mut self, from: u32, to: u32) -> Result<(), SimError> {
+        self.0.erase(from, to)
+    }
+
+    #[inline(never)]
+    #[unsafe(link_section = ".harness")]
+    fn write(&mut self, offset: u32, bytes: &[u8]) -> Result<(), SimError> {
+        self.0.write(offset, bytes)
+    }
+}
+
+#[entry]
+fn main() -> ! {
+    firmware_board::end(run())
+}
+
+#[inline(never)]
+#[unsafe(link_section = ".harness")]
 fn run() -> Result<(), ()> {
     let mut syst = Peripherals::take().ok_or(())?.SYST;
     syst.set_clock_source(SystClkSource::Core);
     syst.set_reload(RELOAD - 1);
     syst.clear_current();
     syst.enable_counter();
-    let (nor, recording, message) = (&raw mut _nor, &raw const _recording, &raw mut MESSAGE);
+    let (nor, values, recording) = (&raw mut _nor, &raw mut _values, &raw const _recording);
+    let (identity, device) = (&raw mut IDENTITY, &raw mut DEVICE);
     // SAFETY: memory that the linker script gives to nobody else, borrowed here only and once; the
-    // recording was put there before the start and is never written to.
-    let (nor, recording, message) = unsafe { (&mut *nor, &*recording, &mut *message) };
+    // recording was put there before the start and is never written to. Bytes and floats may have
+    // any value.
+    let (nor, values, recording) = unsafe { (&mut *nor, &mut *values, &*recording) };
+    // SAFETY: borrowed here only and once, and written before they are read.
+    let memory = unsafe {
+        Memory {
+            values,
+            identity: (*identity).write(None),
+            device: (*device).write(None),
+        }
+    };
     nor.fill(0xFF);
     // The counter counts down, and is scaled so that its 24 bits wrap like 32.
     let clock = || 0u32.wrapping_sub(SYST::get_current() << 8);
-    let summary = replay(recording, "cortexm7", Flash::new(nor), message, clock).map_err(drop)?;
-    report(&summary)
+    let chip = Chip(NorSim::new(nor));
+    let summary = replay(recording, "cortexm7", chip, memory, clock).map_err(drop)?;
+    // What lies below this frame is the harness's, but for the input, which a product has too.
+    let own = firmware_board::depth() - size_of::<Timed<'_>>();
+    report(&summary, own)
 }
 
 #[inline(never)]
-fn report(summary: &Summary) -> Result<(), ()> {
+#[unsafe(link_section = ".harness")]
+fn report(summary: &Summary, own: usize) -> Result<(), ()> {
     let mut out = hio::hstdout()?;
-    let Summary {
-        counts,
-        sent,
-        flagged,
-        spooled,
-        live,
-        ticks,
-    } = *summary;
-    writeln!(
-        out,
-        "{} {} {} {} {flagged} {spooled} {} {} {}",
-        counts.frames,
-        counts.unscored,
-        counts.messages,
-        counts.acknowledged,
-        live.unwrap_or(0),
-        (sent >> 32) as u32,
-        sent as u32
-    )
-    .map_err(drop)?;
-    writeln!(out, "device: {} {}", ticks >> 8, stack()).map_err(drop)
-}
-
-/// Bytes of stack that were ever written: `paint-stack` fills it before `main`.
-fn stack() -> usize {
-    let (end, start) = (&raw const _stack_end, &raw const _stack_start);
-    let size = start as usize - end as usize;
-    let mut painted = 0;
-    // SAFETY: the linker script puts the words from `_stack_end` up to `_stack_start` in RAM, and
-    // all of them were written at start.
-    while painted < size
-        && unsafe { ptr::read_volatile(end.byte_add(painted)) } == STACK_PAINT_VALUE
-    {
-        painted += size_of::<u32>();
+    for number in summary.numbers() {
+        firmware_board::print(&mut out, number, b' ')?;
     }
-    size - painted
+    out.write_all(b"\ndevice: ")?;
+    firmware_board::print(&mut out, summary.ticks >> 8, b' ')?;
+    firmware_board::print(&mut out, (firmware_board::stack().0 - own) as u32, b'\n')
 }
 
 /// A product restarts here; the emulator is told.
 #[panic_handler]
 fn panic(_: &PanicInfo<'_>) -> ! {
-    loop {
-        debug::exit(debug::EXIT_FAILURE);
-    }
-}
-
-#[exception]
-unsafe fn HardFault(_: &cortex_m_rt::ExceptionFrame) -> ! {
-    loop {
-        debug::exit(debug::EXIT_FAILURE);
-    }
+    firmware_board::end(Err(()))
 }

@@ -1,18 +1,23 @@
 //! The other end of the link: takes batches, remembers every number, and acknowledges.
 
 use ed25519_dalek::SigningKey;
-use flywheel_shared::envelope::{self, HEADER};
+use flywheel_shared::envelope;
 use flywheel_shared::ids::DeviceId;
-use flywheel_shared::message::{Ack, Batch, Down, Ranges, Record, Up, Welcome, records};
-use flywheel_shared::trust::{Role, batch_digest, check};
+use flywheel_shared::message::{Ack, Attest, Batch, Down, Ranges, Record, Up, Welcome, records};
+use flywheel_shared::trust::{Role, Signed, SignedRoot, TimeStamp, batch_digest, check, sign};
 use flywheel_shared::{MAX_MESSAGE, WIRE_VERSION};
 use heapless::Vec;
 
 use crate::Failure::{self, Broken};
 use crate::report::Fingerprint;
+use crate::vectors::ROOT2;
 
-/// Longest answer of this cloud in bytes.
-pub(crate) const REPLY: usize = 96;
+/// Longest answer of this cloud in bytes: a trust root.
+pub(crate) const REPLY: usize = 512;
+/// Most answers to one message: a trust root and the time.
+const REPLIES: usize = 2;
+/// What it answers to a message.
+pub(crate) type Replies = Vec<Vec<u8, REPLY>, REPLIES>;
 /// Boot epochs that it can tell apart.
 const EPOCHS: usize = 4;
 /// Numbers of an epoch that it can.
@@ -48,6 +53,10 @@ impl Tally {
 pub(crate) struct Cloud {
     device: DeviceId,
     public: [u8; 32],
+    /// Signs the time.
+    rollout: SigningKey,
+    /// Unix milliseconds.
+    pub(crate) now_ms: u64,
     pub(crate) tallies: Vec<Tally, EPOCHS>,
     pub(crate) batches: u32,
     pub(crate) again: u32,
@@ -57,10 +66,12 @@ pub(crate) struct Cloud {
 }
 
 impl Cloud {
-    pub(crate) fn new(device: &DeviceId, key: &SigningKey) -> Self {
+    pub(crate) fn new(device: &DeviceId, key: &SigningKey, rollout: SigningKey) -> Self {
         Self {
             device: device.clone(),
             public: key.verifying_key().to_bytes(),
+            rollout,
+            now_ms: 0,
             tallies: Vec::new(),
             batches: 0,
             again: 0,
@@ -69,8 +80,8 @@ impl Cloud {
         }
     }
 
-    /// Takes a message; returns the answer, unless it gets lost.
-    pub(crate) fn receive(&mut self, message: &[u8]) -> Result<Option<Vec<u8, REPLY>>, Failure> {
+    /// Takes a message; returns the answers that do not get lost.
+    pub(crate) fn receive(&mut self, message: &[u8]) -> Result<Replies, Failure> {
         let (payload, _) = envelope::split(message, MAX_MESSAGE)
             .map_err(|_| Broken("a message of the device is damaged"))?;
         for byte in payload {
@@ -78,17 +89,40 @@ impl Cloud {
         }
         match postcard::from_bytes(payload) {
             Ok(Up::Hello(hello)) if hello.device == self.device => {
-                Ok(Some(reply(&Down::Welcome(Welcome {
+                let now_ms = self.now_ms;
+                replies([Ok(Down::Welcome(Welcome {
                     wire_version: WIRE_VERSION,
-                    now_ms: 0,
-                }))?))
+                    now_ms,
+                }))])
             }
             Ok(Up::Batch(batch)) => self.batch(&batch),
+            Ok(Up::Attest(question)) => self.attest(question),
             _ => Err(Broken("a message of the device does not decode")),
         }
     }
 
-    fn batch(&mut self, batch: &Batch<'_>) -> Result<Option<Vec<u8, REPLY>>, Failure> {
+    /// The roots that the device lacks, and the time.
+    fn attest(&self, question: Attest) -> Result<Replies, Failure> {
+        let stamp = TimeStamp {
+            device: self.device.clone(),
+            nonce: question.nonce,
+            now_ms: self.now_ms,
+        };
+        let mut body = [0; 64];
+        let body = postcard::to_slice(&stamp, &mut body)
+            .map_err(|_| Broken("a time stamp is too long"))?;
+        let signature = sign(Role::Time, &self.rollout, body);
+        let time = Ok(Down::Time(Signed {
+            body,
+            signature: &signature,
+        }));
+        match question.root_version {
+            1 => replies([signed_root(ROOT2).map(Down::Root), time]),
+            _ => replies([time]),
+        }
+    }
+
+    fn batch(&mut self, batch: &Batch<'_>) -> Result<Replies, Failure> {
         self.batches += 1;
         let known = self.tallies.iter().any(|tally| tally.epoch == batch.epoch);
         if !known {
@@ -132,23 +166,32 @@ impl Cloud {
         }
         if self.batches.is_multiple_of(LOST) {
             self.acks_lost += 1;
-            return Ok(None);
+            return Ok(Replies::new());
         }
         let mut ranges = Ranges::new();
         // The first of 32.
         let _ = ranges.push((low, high));
         let epoch = batch.epoch;
-        Ok(Some(reply(&Down::Ack(Ack { epoch, ranges }))?))
+        replies([Ok(Down::Ack(Ack { epoch, ranges }))])
     }
 }
 
-/// An enveloped message of the cloud.
-pub(crate) fn reply(message: &Down<'_>) -> Result<Vec<u8, REPLY>, Failure> {
-    let mut bytes = [0; REPLY];
-    let (header, payload) = bytes.split_at_mut(HEADER);
-    let len = postcard::to_slice(message, payload)
-        .map_err(|_| Broken("an answer of the cloud is too long"))?
-        .len();
-    header.copy_from_slice(&envelope::header(&payload[..len]));
-    Vec::from_slice(&bytes[..HEADER + len]).map_err(|_| Broken("an answer is too long"))
+/// Enveloped messages of the cloud.
+fn replies<'a>(
+    messages: impl IntoIterator<Item = Result<Down<'a>, Failure>>,
+) -> Result<Replies, Failure> {
+    let too_long = || Broken("an answer of the cloud is too long");
+    let mut replies = Replies::new();
+    for message in messages {
+        let mut bytes = [0; REPLY];
+        let sealed = envelope::seal(&message?, &mut bytes).ok_or_else(too_long)?;
+        let sealed = Vec::from_slice(sealed).map_err(|_| too_long())?;
+        replies.push(sealed).map_err(|_| too_long())?;
+    }
+    Ok(replies)
+}
+
+/// A signed root of the vectors.
+pub(crate) fn signed_root(bytes: &'static [u8]) -> Result<SignedRoot<'static>, Failure> {
+    SignedRoot::from_bytes(bytes).map_err(|_| Broken("a signed root does not decode"))
 }

@@ -1,5 +1,5 @@
 //! What the image runs on the microcontroller and `firmware-host` on a host, so that their outputs
-//! can be compared byte by byte: an offer is verified, answers are scored, a stream is flagged
+//! can be compared byte by byte: an offer is verified, answers are scored, a sensor is read, a stream is flagged
 //! under a budget, a model goes through the slot, and a whole device lives through an outage and
 //! two power cuts. The code under test is `flywheel-shared`, `device-core` and `firmware-device`,
 //! unchanged; this crate only feeds it and prints.
@@ -17,6 +17,7 @@ pub mod living;
 mod proving;
 mod report;
 mod scoring;
+mod sensing;
 pub mod stream;
 mod trusting;
 pub mod vectors;
@@ -52,13 +53,14 @@ impl From<fmt::Error> for Failure {
 /// # Errors
 /// [`Failure::Output`] if `out` fails; [`Failure::Broken`] if a forgery is believed, a good offer
 /// is not, the budget is exceeded, the model does not end up live, or a flagged sample is neither
-/// acknowledged nor booked. `flash` holds [`firmware_device::replay::CELLS`] bytes or more, all erased.
+/// acknowledged nor booked. `flash` holds [`firmware_replay::CELLS`] bytes or more, all erased.
 pub fn run(out: &mut impl Write, flash: &mut [u8]) -> Result<(), Failure> {
     // The parts are never inlined, so that the stack holds the buffers of one of them at a time.
-    let manifest = trusting::run(out)?;
+    let (manifest, key) = trusting::run(out)?;
     let mut values = [0.0; scoring::VALUES];
     let params = scoring::run(out, &mut values)?;
+    sensing::run(out)?;
     flagging::run(out, &params)?;
-    proving::run(out, &manifest, &params)?;
+    proving::run(out, (&manifest, key), &params)?;
     living::run(out, &params, flash)
 }

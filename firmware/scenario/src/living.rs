@@ -5,21 +5,24 @@
 use core::fmt::Write;
 
 use device_core::params::Params;
-use device_core::slot::{Action, Event, SlotRecord};
+use device_core::slot::{Action, Event};
+use device_core::spool::sim::NorSim;
 use ed25519_dalek::SigningKey;
-use firmware_device::replay::{BUFFER, CELLS, ENTRIES, Flash, config};
-use firmware_device::{Answer, Board, Device, Identity, Input, Link, Timed};
-use flywheel_shared::envelope::{self, HEADER};
+use firmware_device::{Answer, Board, Device, Identity, Input, Kept, Link, Timed};
+use firmware_replay::{CELLS, ENTRIES, ERASE, MESSAGE, config};
+use flywheel_shared::envelope;
 use flywheel_shared::ids::Digest;
 use flywheel_shared::message::{Down, LossReason, OfferMessage};
-use flywheel_shared::trust::{Role, sign_digest, verify_root};
+use flywheel_shared::trust::{Floor, Role, SignedRoot, TrustRoot, sign_digest};
 use heapless::{Deque, Vec};
 
 use crate::Failure::{self, Broken};
-use crate::cloud::{Cloud, REPLY};
+use crate::cloud::{Cloud, REPLY, signed_root};
 use crate::stream::{Scene, Stream};
 use crate::vectors::{DEVICE, HARDWARE, MADE_MS, MANIFEST, OFFER, ROOT};
 
+/// The flash part.
+type Flash<'c> = NorSim<'c, 4, ERASE>;
 /// The device under test.
 type Unit<'a, 'f, 'c> = Device<'a, &'f mut Flash<'c>, ENTRIES>;
 
@@ -41,24 +44,32 @@ const TAIL: u64 = 3000;
 /// # Errors
 /// [`Failure::Broken`] if the vectors are.
 pub fn identity() -> Result<Identity, Failure> {
-    let (root, rest) =
-        postcard::take_from_bytes(ROOT).map_err(|_| Broken("the root does not decode"))?;
-    if !rest.is_empty() {
-        return Err(Broken("the root is too long"));
-    }
-    let trust = verify_root(root).map_err(|_| Broken("the trust root is not believed"))?;
     Ok(Identity {
         device: DEVICE
             .parse()
             .map_err(|_| Broken("a device id is refused"))?,
         hardware: HARDWARE,
-        trust: (*trust).clone(),
+    })
+}
+
+/// What a new device has kept: the root that it was enrolled with.
+fn enrolled() -> Result<Kept, Failure> {
+    let trust =
+        TrustRoot::pin(signed_root(ROOT)?).map_err(|_| Broken("the trust root is not believed"))?;
+    Ok(Kept {
+        trust: trust.into_inner(),
+        ..Kept::default()
     })
 }
 
 /// The key that the device signs with; a test key.
 pub fn key() -> SigningKey {
     SigningKey::from_bytes(&[4; 32])
+}
+
+/// The rollout key of the second root; a test key.
+pub fn rollout_key() -> SigningKey {
+    SigningKey::from_bytes(&[5; 32])
 }
 
 /// The board: a link that the scenario breaks, a cloud behind it, storage for one record.
@@ -70,22 +81,33 @@ struct Bench<'c> {
     up: bool,
     events: Deque<Link, 4>,
     replies: Deque<Vec<u8, REPLY>, 4>,
-    record: SlotRecord,
+    /// What has arrived of a message of so many bytes.
+    message: (Vec<u8, MESSAGE>, usize),
+    kept: Kept,
     failure: Option<Failure>,
 }
 
 impl Board for Bench<'_> {
-    fn send(&mut self, message: &[u8]) {
-        if !self.up {
+    fn begin(&mut self, len: usize) {
+        self.message = (Vec::new(), len);
+    }
+
+    fn send(&mut self, piece: &[u8]) {
+        let (message, len) = &mut self.message;
+        if message.extend_from_slice(piece).is_err() {
+            self.failure = Some(Broken("a message is longer than any"));
+        }
+        if !self.up || message.len() < *len {
             return;
         }
         match self.cloud.receive(message) {
-            Ok(Some(reply)) => {
-                if self.replies.push_back(reply).is_err() {
-                    self.failure = Some(Broken("the cloud owes too many answers"));
+            Ok(replies) => {
+                for reply in replies {
+                    if self.replies.push_back(reply).is_err() {
+                        self.failure = Some(Broken("the cloud owes too many answers"));
+                    }
                 }
             }
-            Ok(None) => {}
             Err(failure) => self.failure = Some(failure),
         }
     }
@@ -107,11 +129,23 @@ impl Board for Bench<'_> {
         sign_digest(Role::Device, &self.key, digest)
     }
 
+    fn keep_root(&mut self, root: &SignedRoot<'_>) {
+        // As a device does at its start: what was kept is checked again.
+        match self.kept.trust.update(*root) {
+            Ok(next) => self.kept.trust = next.into_inner(),
+            Err(_) => self.failure = Some(Broken("the device keeps a root that is not the next")),
+        }
+    }
+
+    fn keep_time(&mut self, floor: Floor) {
+        self.kept.time = floor;
+    }
+
     // Fetching and golden inputs are `proving`'s part of the scenario.
     fn act(&mut self, action: Action) -> Option<Event> {
         match action {
             Action::Persist(record) => {
-                self.record = record;
+                self.kept.record = record;
                 None
             }
             Action::Fetch(model) => Some(Event::Fetched {
@@ -140,6 +174,7 @@ impl Bench<'_> {
     }
 }
 
+#[allow(clippy::large_enum_variant)] // There is no alloc to box with.
 enum Heard {
     Link(Link),
     Message(Vec<u8, REPLY>),
@@ -174,7 +209,7 @@ pub fn live(
         .get_mut(..CELLS)
         .ok_or(Broken("the flash is too small"))?;
     let mut flash = Flash::new(cells);
-    let mut cloud = Cloud::new(&identity.device, &key());
+    let mut cloud = Cloud::new(&identity.device, &key(), rollout_key());
     let mut bench = Bench {
         key: key(),
         cloud: &mut cloud,
@@ -182,11 +217,11 @@ pub fn live(
         up: false,
         events: Deque::new(),
         replies: Deque::new(),
-        record: SlotRecord::default(),
+        message: (Vec::new(), 0),
+        kept: enrolled()?,
         failure: None,
     };
     let mut world = World::new();
-    let mut buffer = [0; BUFFER];
     for life in 0..=cuts.len() {
         flash.restore();
         if let Some(&operations) = cuts.get(life) {
@@ -194,7 +229,7 @@ pub fn live(
         }
         let mut place: Option<Unit<'_, '_, '_>> = None;
         let parts = (&identity, *params, config());
-        let found = Device::start(&mut place, parts, bench.record, &mut flash, &mut buffer)
+        let found = Device::start(&mut place, parts, bench.kept.clone(), &mut flash)
             .map_err(|_| Broken("the device does not start"))?;
         let device = place.as_mut().ok_or(Broken("the device is gone"))?;
         device
@@ -240,7 +275,8 @@ impl World {
     /// An input of this moment.
     fn timed<'i>(&mut self, input: Input<'i>) -> Timed<'i> {
         Timed {
-            now_ms: MADE_MS + self.frame * FRAME_MS,
+            // A device without a clock counts from its start: it knows no time but what is signed.
+            now_ms: self.frame * FRAME_MS,
             draw: self.stream.draw(),
             input,
         }
@@ -267,6 +303,7 @@ impl World {
         bench: &mut Bench<'_>,
         record: Recorder<'_>,
     ) -> Result<(), Failure> {
+        bench.cloud.now_ms = MADE_MS + self.frame * FRAME_MS;
         bench.reachable = !OUTAGE.contains(&self.frame);
         if bench.up && !bench.reachable {
             bench.reset();
@@ -333,12 +370,7 @@ fn offer(buffer: &mut [u8]) -> Result<&[u8], Failure> {
         offer: read(OFFER)?,
         manifest: read(MANIFEST)?,
     });
-    let (header, payload) = buffer.split_at_mut(HEADER);
-    let len = postcard::to_slice(&message, payload)
-        .map_err(|_| Broken("the offer is too long"))?
-        .len();
-    header.copy_from_slice(&envelope::header(&payload[..len]));
-    Ok(&buffer[..HEADER + len])
+    envelope::seal(&message, buffer).ok_or(Broken("the offer is too long"))
 }
 
 /// flagged = acknowledged + spooled + recorded losses, for every epoch.
@@ -389,5 +421,10 @@ fn audit(
         Some(sequence) => writeln!(out, "life: model {sequence} is live")?,
         None => return Err(Broken("the offered model is not live")),
     }
+    writeln!(
+        out,
+        "life: trust root {} is in force",
+        bench.kept.trust.version
+    )?;
     Ok(())
 }

@@ -7,7 +7,7 @@ use device_core::params::Params;
 use device_core::slot::{Action, Event, Held, Reason, Slot, SlotError, SlotRecord};
 use flywheel_shared::message::SlotState;
 use flywheel_shared::spec::Golden;
-use flywheel_shared::trust::{Manifest, PartKind, Verified, check_part};
+use flywheel_shared::trust::{KeyId, Manifest, PartKind, Verified, check_part};
 
 use crate::Failure::{self, Broken};
 use crate::scoring;
@@ -35,7 +35,7 @@ struct Shell<'a> {
 #[inline(never)] // See `crate::run`.
 pub(crate) fn run(
     out: &mut impl Write,
-    manifest: &Verified<Manifest<'static>>,
+    (manifest, key): (&Verified<Manifest<'static>>, KeyId),
     params: &Params<'_>,
 ) -> Result<(), Failure> {
     let model = Held {
@@ -45,6 +45,7 @@ pub(crate) fn run(
     let offer = Event::Offer {
         model,
         bounds: manifest.trial,
+        key,
     };
     let seen = |state| Event::ReportSeen {
         digest: model.digest,
@@ -83,7 +84,11 @@ pub(crate) fn run(
     if record.live != Some(model) || record.candidate.is_some() {
         return Err(Broken("the model is not live in the end"));
     }
-    writeln!(out, "slot: live {}, floor {}", model.digest, record.floor())?;
+    writeln!(
+        out,
+        "slot: live {}, floor {}",
+        model.digest, record.floor.at
+    )?;
     Ok(())
 }
 

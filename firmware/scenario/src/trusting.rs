@@ -1,25 +1,31 @@
-//! An offer and its manifest are believed once, and not with one bit flipped anywhere, for another
-//! device, too late, or again.
+//! A trust root follows another, an offer and its manifest are believed under it, and none of them
+//! with one bit flipped anywhere, for another device, too late, or again.
 
 use core::fmt::Write;
 
 use flywheel_shared::ids::DeviceId;
 use flywheel_shared::trust::{
-    Judge, Manifest, Signed, TrustError, Verified, check_part, verify_root,
+    Judge, KeyId, Manifest, Signed, SignedRoot, TrustError, TrustRoot, Verified, check_part,
 };
 
 use crate::Failure::{self, Broken};
-use crate::vectors::UNTIL_MS;
-use crate::vectors::{DEVICE, GOLDEN, HARDWARE, MADE_MS, MANIFEST, OFFER, ROOT, SCORES, SEQUENCE};
+use crate::cloud::signed_root;
+use crate::vectors::{DEVICE, HARDWARE, MADE_MS, SEQUENCE, UNTIL_MS};
+use crate::vectors::{GOLDEN, MANIFEST, OFFER, ROOT, ROOT2, SCORES};
 
 /// One bit is flipped in every so many bytes.
 const STRIDE: usize = 8;
 
-/// Prints who is believed and who is refused with which number; returns the believed manifest.
+/// Prints who is believed and who is refused with which number; returns the believed
+/// manifest and the key that signed it.
 #[inline(never)] // See `crate::run`.
-pub(crate) fn run(out: &mut impl Write) -> Result<Verified<Manifest<'static>>, Failure> {
-    let root = read(ROOT)?;
-    let trust = verify_root(root).map_err(|_| Broken("the trust root is not believed"))?;
+pub(crate) fn run(out: &mut impl Write) -> Result<(Verified<Manifest<'static>>, KeyId), Failure> {
+    let pinned = TrustRoot::pin(signed_root(ROOT)?)
+        .map_err(|_| Broken("the first trust root is not believed"))?;
+    let root = signed_root(ROOT2)?;
+    let trust = pinned
+        .update(root)
+        .map_err(|_| Broken("the next trust root is not believed"))?;
     let device: DeviceId = DEVICE
         .parse()
         .map_err(|_| Broken("a device id is refused"))?;
@@ -31,12 +37,13 @@ pub(crate) fn run(out: &mut impl Write) -> Result<Verified<Manifest<'static>>, F
         device: &device,
         hardware: HARDWARE,
         floor: SEQUENCE - 1,
-        now_ms: MADE_MS,
+        now_ms: Some(MADE_MS),
     };
     let (offer, manifest) = (read(OFFER)?, read(MANIFEST)?);
     let believed = judge
         .offer(offer, manifest)
-        .map_err(|_| Broken("a good offer is not believed"))?;
+        .map_err(|_| Broken("a good offer is not believed"))?
+        .manifest;
     writeln!(
         out,
         "trust: version {} believes {} {} with {} parts, {}",
@@ -47,7 +54,9 @@ pub(crate) fn run(out: &mut impl Write) -> Result<Verified<Manifest<'static>>, F
         believed.digest()
     )?;
 
-    let of_root = |body: &[u8]| verify_root(Signed { body, ..root }).err();
+    let of_root = |body: &[u8]| pinned.update(SignedRoot { body, ..root }).err();
+    let of_root_signatures =
+        |signatures: &[u8]| pinned.update(SignedRoot { signatures, ..root }).err();
     let of_offer = |body: &[u8]| judge.offer(Signed { body, ..offer }, manifest).err();
     let of_offer_signature =
         |signature: &[u8]| judge.offer(Signed { signature, ..offer }, manifest).err();
@@ -70,13 +79,14 @@ pub(crate) fn run(out: &mut impl Write) -> Result<Verified<Manifest<'static>>, F
     let of_golden = |bytes: &[u8]| check_part(golden, bytes).err();
     let unsigned = &[TrustError::BadSignature];
     let other_bytes = &[TrustError::WrongDigest];
-    let damage: [Damage<'_>; 7] = [
-        // The root's body holds the key it is checked with: a flipped bit may leave no key.
+    let too_few = &[TrustError::Threshold];
+    let damage: [Damage<'_>; 8] = [
+        ("root body", root.body, &of_root, too_few),
         (
-            "root body",
-            root.body,
-            &of_root,
-            &[TrustError::BadSignature, TrustError::BadKey],
+            "root signatures",
+            root.signatures,
+            &of_root_signatures,
+            too_few,
         ),
         ("offer body", offer.body, &of_offer, unsigned),
         (
@@ -125,10 +135,31 @@ pub(crate) fn run(out: &mut impl Write) -> Result<Verified<Manifest<'static>>, F
         (
             "a millisecond late",
             of(Judge {
-                now_ms: UNTIL_MS + 1,
+                now_ms: Some(UNTIL_MS + 1),
                 ..judge
             }),
             TrustError::Expired,
+        ),
+        (
+            "without signed time",
+            of(Judge {
+                now_ms: None,
+                ..judge
+            }),
+            TrustError::NoTime,
+        ),
+        (
+            "under the first root",
+            of(Judge {
+                trust: &pinned,
+                ..judge
+            }),
+            TrustError::BadSignature,
+        ),
+        (
+            "the first root again",
+            trust.update(signed_root(ROOT)?).err(),
+            TrustError::OldRoot,
         ),
         (
             "the model it has",
@@ -146,7 +177,7 @@ pub(crate) fn run(out: &mut impl Write) -> Result<Verified<Manifest<'static>>, F
         let code = expected.code();
         writeln!(out, "trust: {name}: refused with {code}, {expected}")?;
     }
-    Ok(believed)
+    Ok((believed, trust.release_id()))
 }
 
 fn read(bytes: &'static [u8]) -> Result<Signed<'static>, Failure> {

@@ -8,10 +8,11 @@
 use serde::{Deserialize, Serialize};
 
 use super::PublicKey;
+use crate::ids::byte_array;
 
 /// Names a key in what a device stores: its first 8 bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct KeyId(pub [u8; 8]);
+pub struct KeyId(#[serde(with = "byte_array")] pub [u8; 8]);
 
 impl KeyId {
     /// The name of a key.

@@ -2,8 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::signature::verify;
+use super::signature::authentic;
 use super::{ANY_HARDWARE, Manifest, RUNTIME_ABI, Role, Signed, TrustError, TrustRoot, Verified};
+use crate::canonical;
 use crate::ids::{DeviceId, Digest};
 
 /// Permission for one device to take one model, for a short time.
@@ -59,9 +60,22 @@ impl Judge<'_> {
         offer: Signed<'_>,
         manifest: Signed<'m>,
     ) -> Result<Accepted<'m>, TrustError> {
-        let offer: Verified<Offer> = verify(Role::Rollout, &self.trust.rollout, offer)?;
-        let manifest: Verified<Manifest<'m>> =
-            verify(Role::Release, &self.trust.release, manifest)?;
+        // Both signatures first: while they are checked, which takes most of the stack, nothing is
+        // decoded yet.
+        authentic(Role::Rollout, &self.trust.rollout, offer)?;
+        let digest = authentic(Role::Release, &self.trust.release, manifest)?;
+        self.authentic_offer(offer.body, manifest.body, digest)
+    }
+
+    #[inline(never)]
+    fn authentic_offer<'m>(
+        &self,
+        offer: &[u8],
+        manifest: &'m [u8],
+        digest: Digest,
+    ) -> Result<Accepted<'m>, TrustError> {
+        let offer: Offer = canonical::decode(offer)?;
+        let manifest: Verified<Manifest<'m>> = Verified::new(canonical::decode(manifest)?, digest);
         if offer.device != *self.device {
             return Err(TrustError::WrongDevice);
         }

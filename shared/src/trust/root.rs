@@ -11,7 +11,7 @@ use super::floor::KeyId;
 use super::signature::{body_digest, check, strong};
 use super::{PublicKey, Role, TrustError, Verified};
 use crate::canonical;
-use crate::ids::Digest;
+use crate::ids::{Digest, byte_array, byte_arrays};
 use crate::spec::serde_bytes_slice;
 
 /// Most root keys.
@@ -29,6 +29,7 @@ pub struct Keys {
     /// So many distinct keys must sign, 1 to the number of keys.
     pub threshold: u8,
     /// The public keys, distinct.
+    #[serde(with = "byte_arrays")]
     pub keys: Vec<PublicKey, MAX_ROOT_KEYS>,
 }
 
@@ -55,8 +56,10 @@ pub struct TrustRoot {
     /// Root keys, which sign roots.
     pub root: Keys,
     /// Release key, which signs manifests.
+    #[serde(with = "byte_array")]
     pub release: PublicKey,
     /// Rollout key, which signs offers and time.
+    #[serde(with = "byte_array")]
     pub rollout: PublicKey,
     /// Models up to this sequence are not taken. Where the release key is new, what a device
     /// confirmed before no longer counts, and this is its floor.

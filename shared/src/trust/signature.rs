@@ -100,9 +100,19 @@ pub fn verify<'a, T>(
 where
     T: Deserialize<'a> + Serialize,
 {
+    let digest = authentic(role, key, signed)?;
+    Ok(Verified::new(canonical::decode(signed.body)?, digest))
+}
+
+/// Checks a signature over the raw bytes of a body; returns the body's digest.
+pub(super) fn authentic(
+    role: Role,
+    key: &PublicKey,
+    signed: Signed<'_>,
+) -> Result<Digest, TrustError> {
     let digest = body_digest(signed.body, MAX_BODY)?;
     check(role, key, &digest, signed.signature)?;
-    Ok(Verified::new(canonical::decode(signed.body)?, digest))
+    Ok(digest)
 }
 
 /// The digest of a body that keeps to its cap.
@@ -127,6 +137,7 @@ pub fn sign_digest(role: Role, key: &SigningKey, digest: &Digest) -> [u8; 64] {
 ///
 /// # Errors
 /// [`TrustError::BadKey`] or [`TrustError::BadSignature`].
+#[inline(never)] // This takes most of the stack; callers keep nothing large meanwhile.
 pub fn check(
     role: Role,
     key: &PublicKey,
@@ -144,6 +155,7 @@ pub fn check(
 ///
 /// # Errors
 /// [`TrustError::BadKey`].
+#[inline(never)] // So that its points are gone when the signature is checked.
 pub fn strong(key: &PublicKey) -> Result<VerifyingKey, TrustError> {
     // RFC 8032, 5.1.3: y, without the sign bit, is below p = 2^255 - 19.
     let [low, middle @ .., high] = key;
@@ -158,14 +170,35 @@ pub fn strong(key: &PublicKey) -> Result<VerifyingKey, TrustError> {
 
 /// The digest that a device signs for a batch.
 pub fn batch_digest(device: &DeviceId, epoch: u32, count: u16, records: &[u8]) -> Digest {
-    let id = device.as_str().as_bytes();
-    let mut hash = Sha256::new();
-    hash.update([id.len() as u8]);
-    hash.update(id);
-    hash.update(epoch.to_le_bytes());
-    hash.update(count.to_le_bytes());
+    let mut hash = BatchHash::new(device, epoch, count);
     hash.update(records);
-    Digest(hash.finalize().into())
+    hash.digest()
+}
+
+/// [`batch_digest`] of records that are never in memory as a whole.
+pub struct BatchHash(Sha256);
+
+impl BatchHash {
+    /// Of a batch with no records yet.
+    pub fn new(device: &DeviceId, epoch: u32, count: u16) -> Self {
+        let id = device.as_str().as_bytes();
+        let mut hash = Sha256::new();
+        hash.update([id.len() as u8]);
+        hash.update(id);
+        hash.update(epoch.to_le_bytes());
+        hash.update(count.to_le_bytes());
+        Self(hash)
+    }
+
+    /// Takes the next piece of the records.
+    pub fn update(&mut self, piece: &[u8]) {
+        self.0.update(piece);
+    }
+
+    /// The digest of all of them.
+    pub fn digest(self) -> Digest {
+        Digest(self.0.finalize().into())
+    }
 }
 
 /// Domain prefix and digest: the 56 bytes that ed25519 sees.

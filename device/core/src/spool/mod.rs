@@ -49,7 +49,7 @@ use heapless::Vec;
 use area::Area;
 use journal::{Journal, Note};
 use slots::Slots;
-use table::{Content, Table};
+use table::{Content, LOSS_MAX, Table};
 
 /// Bytes of a slot that are not the sample's.
 pub const OVERHEAD: u32 = slots::OVERHEAD;
@@ -68,11 +68,13 @@ pub enum SpoolError<E> {
         /// How many it has.
         slots: u32,
     },
-    /// The buffer is too short for the next record.
-    Buffer {
+    /// The limit is too low for the next record.
+    Limit {
         /// Bytes that the record has.
         need: usize,
     },
+    /// What was taken is no longer held, so it cannot be read.
+    Gone,
 }
 
 impl<E: fmt::Debug> fmt::Display for SpoolError<E> {
@@ -84,7 +86,8 @@ impl<E: fmt::Debug> fmt::Display for SpoolError<E> {
                 f,
                 "spool: the flash holds a spool of {slots} slots of {slot_bytes} bytes; open it as such or erase it"
             ),
-            Self::Buffer { need } => write!(f, "spool: the next record needs {need} bytes"),
+            Self::Limit { need } => write!(f, "spool: the next record needs {need} bytes"),
+            Self::Gone => f.write_str("spool: the records to be read are no longer held"),
         }
     }
 }
@@ -100,14 +103,16 @@ pub struct Pushed {
     pub lost: Option<LossReason>,
 }
 
-/// Records of one epoch in a caller's buffer.
+/// Records of one epoch that are on their way; [`Spool::read`] gives their bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Taken {
     /// Their epoch.
     pub epoch: u32,
+    /// Number of the first.
+    pub first: u32,
     /// How many.
     pub count: u16,
-    /// Bytes of the buffer that they fill, one record after the other.
+    /// Their bytes, one record after the other.
     pub len: usize,
 }
 
@@ -211,73 +216,106 @@ impl<F: NorFlash, const N: usize> Spool<F, N> {
         Pushed { seq: key.seq, lost }
     }
 
-    /// Copies the oldest unsent records of one epoch into `buffer`, at most `max_records` of them
-    /// and as many as fit. They stay held until [`Spool::acknowledge`] or [`Spool::unsend`]. A
-    /// sample that no longer matches its checksum is booked as lost.
+    /// Takes the oldest unsent records of one epoch, at most `max_records` of them and `max_bytes`
+    /// in all. They stay held until [`Spool::acknowledge`] or [`Spool::unsend`]. A sample that no
+    /// longer matches its checksum is booked as lost.
     ///
     /// # Errors
-    /// [`SpoolError::Flash`]; [`SpoolError::Buffer`] if not even the next one fits.
+    /// [`SpoolError::Flash`]; [`SpoolError::Limit`] if not even the next one is short enough.
     pub fn take(
         &mut self,
         max_records: u16,
-        buffer: &mut [u8],
+        max_bytes: usize,
     ) -> Result<Option<Taken>, SpoolError<F::Error>> {
         self.retry();
         let before = self.sent;
-        let taken = self.fill(max_records, buffer);
+        let taken = self.gather(max_records, max_bytes);
         if taken.is_err() {
             self.sent = before;
         }
         taken
     }
 
-    fn fill(
+    fn gather(
         &mut self,
         max_records: u16,
-        buffer: &mut [u8],
+        max_bytes: usize,
     ) -> Result<Option<Taken>, SpoolError<F::Error>> {
         let mut taken: Option<Taken> = None;
         while let Some((key, content)) = self.table.after(self.sent) {
-            let (epoch, count, len) =
-                taken.map_or((key.epoch, 0, 0), |t| (t.epoch, t.count, t.len));
-            if key.epoch != epoch || count == max_records.max(1) {
+            let so_far = taken.unwrap_or(Taken {
+                epoch: key.epoch,
+                first: key.seq,
+                count: 0,
+                len: 0,
+            });
+            if key.epoch != so_far.epoch || so_far.count == max_records.max(1) {
                 break;
             }
-            let room = &mut buffer[len..];
-            let added = match content {
+            let need = match content {
                 Content::Loss { stored: false, .. } => break,
-                Content::Loss { reason, .. } => {
-                    let loss = Record::Loss(Loss {
-                        seq: key.seq,
-                        reason,
-                    });
-                    // 7 bytes are the longest loss record.
-                    postcard::to_slice(&loss, room).map_or(Err(7), |bytes| Ok(bytes.len()))
-                }
-                Content::Sample { len, .. } if len as usize > room.len() => Err(len as usize),
-                Content::Sample { slot, len, .. } => {
-                    let room = &mut room[..len as usize];
-                    if !self.slots.read(&mut self.area, slot, key, room)? {
-                        self.lose(key, LossReason::Corrupt)?;
-                        continue;
-                    }
-                    Ok(room.len())
-                }
+                Content::Loss { reason, .. } => loss(key, reason).1,
+                Content::Sample { len, .. } => len as usize,
             };
-            match added {
-                Ok(added) => {
-                    taken = Some(Taken {
-                        epoch,
-                        count: count + 1,
-                        len: len + added,
-                    });
-                    self.sent = key;
+            if need > max_bytes - so_far.len {
+                match taken {
+                    None => return Err(SpoolError::Limit { need }),
+                    Some(_) => break,
                 }
-                Err(need) if taken.is_none() => return Err(SpoolError::Buffer { need }),
-                Err(_) => break,
             }
+            if let Content::Sample { slot, len, .. } = content
+                && !self.slots.is_whole(&mut self.area, slot, key, len)?
+            {
+                self.lose(key, LossReason::Corrupt)?;
+                continue;
+            }
+            taken = Some(Taken {
+                count: so_far.count + 1,
+                len: so_far.len + need,
+                ..so_far
+            });
+            self.sent = key;
         }
         Ok(taken)
+    }
+
+    /// Gives the bytes of what was taken last to `sink`, piece by piece, so that they are never in
+    /// RAM as a whole; as often as the caller likes.
+    ///
+    /// # Errors
+    /// [`SpoolError::Flash`]; [`SpoolError::Gone`] if it was acknowledged, or unsent and evicted.
+    pub fn read(
+        &mut self,
+        taken: &Taken,
+        sink: &mut dyn FnMut(&[u8]),
+    ) -> Result<(), SpoolError<F::Error>> {
+        let mut left = taken.len;
+        let mut less = |len: usize| {
+            left = left.checked_sub(len)?;
+            Some(())
+        };
+        for offset in 0..u32::from(taken.count) {
+            let key = SampleKey {
+                epoch: taken.epoch,
+                seq: taken.first.checked_add(offset).ok_or(SpoolError::Gone)?,
+            };
+            match self.table.get(key).ok_or(SpoolError::Gone)? {
+                Content::Loss { reason, .. } => {
+                    let (bytes, len) = loss(key, reason);
+                    less(len).ok_or(SpoolError::Gone)?;
+                    sink(&bytes[..len]);
+                }
+                Content::Sample { slot, len, .. } => {
+                    less(len as usize).ok_or(SpoolError::Gone)?;
+                    self.slots.stream(&mut self.area, slot, len, sink)?;
+                }
+            }
+        }
+        if left == 0 {
+            Ok(())
+        } else {
+            Err(SpoolError::Gone)
+        }
     }
 
     /// Forgets what was sent and not acknowledged: it will be sent again.
@@ -487,9 +525,10 @@ impl<F: NorFlash, const N: usize> Spool<F, N> {
                 let at = self.accounts.iter().filter(|a| a.epoch < key.epoch).count();
                 // More epochs than books only after the loss of the journal: the oldest goes.
                 if self.accounts.is_full() {
-                    self.accounts.remove(0);
+                    table::remove(&mut self.accounts, 0);
                 }
-                let _ = self.accounts.insert(at.min(self.accounts.len()), account);
+                let at = at.min(self.accounts.len());
+                let _ = table::insert(&mut self.accounts, at, account);
             }
         }
     }
@@ -639,4 +678,16 @@ impl<F: NorFlash, const N: usize> Spool<F, N> {
         });
         Ok(())
     }
+}
+
+/// The record of a loss: its bytes and how many there are.
+fn loss(key: SampleKey, reason: LossReason) -> ([u8; LOSS_MAX], usize) {
+    let record = Record::Loss(Loss {
+        seq: key.seq,
+        reason,
+    });
+    let mut bytes = [0; LOSS_MAX];
+    // It fits: that is what the constant says.
+    let len = postcard::to_slice(&record, &mut bytes).map_or(0, |bytes| bytes.len());
+    (bytes, len)
 }

@@ -125,22 +125,41 @@ impl Slots {
         })
     }
 
-    /// Reads a record of known length; `false` if it does not match its checksum.
-    pub(super) fn read<F: NorFlash>(
+    /// Whether a slot holds a record of this length that matches its checksum.
+    pub(super) fn is_whole<F: NorFlash>(
         &self,
         area: &mut Area<F>,
         slot: u16,
         key: SampleKey,
-        out: &mut [u8],
+        len: u32,
     ) -> Result<bool, SpoolError<F::Error>> {
-        let Some((len, crc)) = self.checked(area, slot, key)? else {
+        let Some((found, crc)) = self.checked(area, slot, key)? else {
             return Ok(false);
         };
-        if len as usize != out.len() {
+        if found != len {
             return Ok(false);
         }
-        area.read(self.place(slot) + BLOCK as u32, out)?;
-        Ok(CRC32.checksum(out) == crc)
+        let mut digest = CRC32.digest();
+        self.stream(area, slot, len, &mut |piece| digest.update(piece))?;
+        Ok(digest.finalize() == crc)
+    }
+
+    /// Gives a record of known length to `sink`, page by page.
+    pub(super) fn stream<F: NorFlash>(
+        &self,
+        area: &mut Area<F>,
+        slot: u16,
+        len: u32,
+        sink: &mut dyn FnMut(&[u8]),
+    ) -> Result<(), SpoolError<F::Error>> {
+        let mut page = [0; PAGE];
+        let from = self.place(slot) + BLOCK as u32;
+        for at in (0..len).step_by(PAGE) {
+            let piece = &mut page[..PAGE.min((len - at) as usize)];
+            area.read(from + at, piece)?;
+            sink(piece);
+        }
+        Ok(())
     }
 
     /// Erases a slot and writes a record that fits it; the trailer comes last.

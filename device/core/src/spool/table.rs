@@ -13,7 +13,7 @@ use heapless::Vec;
 use super::Pending;
 
 /// Longest encoded loss record in bytes: a tag, five bytes of number, a reason.
-const LOSS_BYTES: u64 = 7;
+pub(super) const LOSS_MAX: usize = 7;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Content {
@@ -80,11 +80,15 @@ impl<const N: usize> Table<N> {
         self.entries.partition_point(|entry| entry.end() < key)
     }
 
+    /// What a number stands for, if it is in the table.
+    pub(super) fn get(&self, key: SampleKey) -> Option<Content> {
+        let entry = self.entries.get(self.position(key))?;
+        (entry.key <= key).then_some(entry.content)
+    }
+
     /// Whether a number is in the table.
     pub(super) fn covers(&self, key: SampleKey) -> bool {
-        self.entries
-            .get(self.position(key))
-            .is_some_and(|entry| entry.key <= key)
+        self.get(key).is_some()
     }
 
     /// Whether any number of an epoch is.
@@ -123,7 +127,7 @@ impl<const N: usize> Table<N> {
     fn insert(&mut self, entry: Entry) {
         let at = self.position(entry.key);
         // There is room: see the head of the module.
-        if self.entries.insert(at, entry).is_err() {
+        if insert(&mut self.entries, at, entry).is_err() {
             debug_assert!(false, "more gaps than samples and epochs");
         }
         self.join(at, false);
@@ -160,7 +164,7 @@ impl<const N: usize> Table<N> {
             reason,
             stored: stored && also,
         };
-        self.entries.remove(at + 1);
+        remove(&mut self.entries, at + 1);
         true
     }
 
@@ -173,7 +177,7 @@ impl<const N: usize> Table<N> {
                 content: Content::Sample { slot, .. },
                 ..
             }) if found == key => {
-                self.entries.remove(at);
+                remove(&mut self.entries, at);
                 Some(slot)
             }
             _ => None,
@@ -282,7 +286,7 @@ impl<const N: usize> Table<N> {
             pending.records += numbers;
             pending.bytes += match entry.content {
                 Content::Sample { len, .. } => u64::from(len),
-                Content::Loss { .. } => u64::from(numbers) * LOSS_BYTES,
+                Content::Loss { .. } => u64::from(numbers) * LOSS_MAX as u64,
             };
         }
         pending
@@ -326,6 +330,29 @@ impl<const N: usize> Table<N> {
     }
 }
 
+/// As [`Vec::insert`], which would be the only one to need `memmove`, 1.6 KB of a microcontroller's
+/// flash; so would be `swap`.
+pub(super) fn insert<T: Copy, const N: usize>(
+    list: &mut Vec<T, N>,
+    at: usize,
+    item: T,
+) -> Result<(), T> {
+    list.push(item)?;
+    for place in (at + 1..list.len()).rev() {
+        list[place] = list[place - 1];
+    }
+    list[at] = item;
+    Ok(())
+}
+
+/// As [`Vec::remove`], for the same reason; `at` is in the list.
+pub(super) fn remove<T: Copy, const N: usize>(list: &mut Vec<T, N>, at: usize) {
+    for place in at + 1..list.len() {
+        list[place - 1] = list[place];
+    }
+    list.pop();
+}
+
 /// Closes the smallest gap between full ranges, unless the one in front of `next` is smaller.
 fn close_smallest_gap(ranges: &mut Ranges, next: u32) {
     let gap = |at: usize| ranges[at + 1].0 - ranges[at].1;
@@ -334,6 +361,6 @@ fn close_smallest_gap(ranges: &mut Ranges, next: u32) {
         && gap(at) <= next - ranges[ranges.len() - 1].1
     {
         ranges[at].1 = ranges[at + 1].1;
-        ranges.remove(at + 1);
+        remove(ranges, at + 1);
     }
 }

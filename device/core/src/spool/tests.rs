@@ -76,12 +76,14 @@ fn ship<const WRITE: usize>(
     cloud: &mut Cloud,
     most: u16,
 ) -> Result<Option<(u32, Vec<u32>)>, SpoolError<SimError>> {
-    let mut buffer = [0; 1000];
-    let Some(taken) = spool.take(most, &mut buffer)? else {
+    let Some(taken) = spool.take(most, 1000)? else {
         return Ok(None);
     };
+    let mut bytes = Vec::new();
+    spool.read(&taken, &mut |piece| bytes.extend_from_slice(piece))?;
+    assert_eq!(bytes.len(), taken.len);
     let mut numbers = Vec::new();
-    for record in records(&buffer[..taken.len]) {
+    for record in records(&bytes) {
         let record = record.unwrap();
         let got = match record {
             Record::Sample(sample) => {
@@ -197,14 +199,22 @@ fn what_does_not_fit_a_slot_is_a_loss() {
             .lost,
         Some(LossReason::Oversize)
     );
-    let mut short = [0; 16];
-    assert_eq!(spool.take(1, &mut short).unwrap().unwrap().count, 1);
+    let lost = spool.take(1, 16).unwrap().unwrap();
+    assert_eq!((lost.first, lost.count), (1, 1));
     assert_eq!(
-        spool.take(1, &mut short),
-        Err(SpoolError::Buffer {
+        spool.take(1, 16),
+        Err(SpoolError::Limit {
             need: ERASE - OVERHEAD as usize
         })
     );
+    let sample = spool.take(1, ERASE).unwrap().unwrap();
+    assert_eq!((sample.first, sample.count), (2, 1));
+    spool.acknowledge(1, &[(1, 1)]).unwrap();
+    let mut bytes = 0;
+    let mut count = |piece: &[u8]| bytes += piece.len();
+    assert_eq!(spool.read(&lost, &mut count), Err(SpoolError::Gone));
+    spool.read(&sample, &mut count).unwrap();
+    assert_eq!(bytes, sample.len);
 }
 
 #[test]

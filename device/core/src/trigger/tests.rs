@@ -378,3 +378,30 @@ fn settings_out_of_range_are_named() {
     assert_eq!(with(|c| c.window = 3), TriggerError::Window);
     assert_eq!(with(|c| c.floor = 2.0), TriggerError::Damping);
 }
+
+proptest! {
+    /// Against doubles, whose roundings may move the floor by one.
+    #[test]
+    fn the_chance_of_a_toss_is_share_times_ratio_times_bytes_over_cost(
+        share in prop_oneof![0.0f32..=1.0, Just(f32::NAN), Just(1e-40), Just(2.0), Just(-1.0)],
+        ratio in prop_oneof![0.0f32..=1.0, 0.0f32..=1e-6, Just(1.0)],
+        bytes in any::<u32>(),
+        cost in 1u32..=u32::MAX,
+    ) {
+        let part = |x: f32| f64::from(if x > 0.0 { x.min(1.0) } else { 0.0 });
+        let p = (part(share) * part(ratio) * f64::from(bytes) / f64::from(cost)).min(1.0);
+        let plain = (p * DRAWS as f64) as u64;
+        prop_assert!(winners(share, ratio, bytes, cost).abs_diff(plain) <= 1);
+        let inclusion = plain as f32 / DRAWS as f32;
+        prop_assert_eq!(inclusion, (plain as f64 / DRAWS as f64) as f32);
+    }
+}
+
+#[test]
+fn certain_and_impossible_tosses() {
+    assert_eq!(winners(1.0, 1.0, 7, 7), DRAWS);
+    assert_eq!(winners(1.0, 1.0, u32::MAX, 1), DRAWS);
+    assert_eq!(winners(0.5, 0.5, 1, 1), DRAWS / 4);
+    assert_eq!(winners(0.0, 1.0, 1, 1), 0);
+    assert_eq!(winners(f32::MIN_POSITIVE / 2.0, 1.0, u32::MAX, 1), 0);
+}
