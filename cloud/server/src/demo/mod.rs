@@ -6,7 +6,7 @@
 
 mod chaos;
 mod labeller;
-mod processes;
+pub(crate) mod processes;
 mod report;
 mod world;
 
