@@ -30,6 +30,7 @@ use crate::cli::fleet::{audit_line, tally};
 use crate::cli::{EXIT_NEGATIVE, data::percent_encode, format, model as model_cli};
 use crate::client::{ADDRESS_FILE, Client, ClientError, TOKEN_FILE};
 use crate::keys;
+use crate::service::now_ms;
 use chaos::Chaos;
 use labeller::Labeller;
 use processes::{Process, Spec};
@@ -236,15 +237,7 @@ impl Demo {
         let logs = dir.join("logs");
         std::fs::create_dir_all(&logs)
             .with_context(|| format!("cannot create {}", logs.display()))?;
-        keys::init(
-            &keys_dir,
-            &keys::Plan {
-                now_ms: crate::service::now_ms(),
-                days: 1,
-                roots: None,
-                min_sequence: None,
-            },
-        )?;
+        keys::init(&keys_dir, &keys::Plan::new(now_ms()))?;
         let server = Process::start(Spec {
             name: "server".to_owned(),
             args: [

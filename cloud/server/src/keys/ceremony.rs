@@ -34,6 +34,18 @@ pub struct Plan {
     pub min_sequence: Option<u64>,
 }
 
+impl Plan {
+    /// Five years from now, everything else as before.
+    pub fn new(now_ms: u64) -> Self {
+        Self {
+            now_ms,
+            days: 1825,
+            roots: None,
+            min_sequence: None,
+        }
+    }
+}
+
 /// Which keys a new trust root replaces.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {

@@ -20,6 +20,7 @@ use crate::cli::format;
 use crate::client::{ADDRESS_FILE, Client};
 use crate::demo::processes::{Process, Spec};
 use crate::keys;
+use crate::service::now_ms;
 
 /// How long the server may take to start.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -215,7 +216,7 @@ struct World {
 impl World {
     fn start(dir: &Path, devices: u32) -> Result<Self> {
         let (data, keys_dir) = (dir.join("cloud"), dir.join("keys"));
-        keys::init(&keys_dir)?;
+        keys::init(&keys_dir, &keys::Plan::new(now_ms()))?;
         let server = Process::start(Spec {
             name: "server".to_owned(),
             args: [
