@@ -72,7 +72,7 @@ pub fn attack_key_compromise_threshold(bench: &mut Bench<'_>) -> Result<(), Surp
     // A device that was made to hold a root with one key named twice still counts it once.
     let mut doubled = world.trust.clone();
     doubled.root.keys[1] = doubled.root.keys[0];
-    bench.refused(doubled.update(SealedRoot::of(&next, &[a, a]).signed()))?;
+    bench.refused(doubled.update(SealedRoot::of(&next, &[a, b]).signed()))?;
     // All keys are replaced: too few of the old, or of the new.
     let new = [key(21), key(22), key(23)];
     let mut replaced = world.next();
