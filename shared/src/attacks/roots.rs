@@ -69,7 +69,11 @@ pub fn attack_key_compromise_threshold(bench: &mut Bench<'_>) -> Result<(), Surp
     let mut moved = SealedRoot::of(&other, &[a, b, c]);
     moved.body = SealedRoot::of(&next, &[]).body;
     bench.refused(world.trust.update(moved.signed()))?;
-    // Two stolen keys of five, where three must agree: enough of neither.
+    // A device that was made to hold a root with one key named twice still counts it once.
+    let mut doubled = world.trust.clone();
+    doubled.root.keys[1] = doubled.root.keys[0];
+    bench.refused(doubled.update(SealedRoot::of(&next, &[a, b]).signed()))?;
+    // All keys are replaced: too few of the old, or of the new.
     let new = [key(21), key(22), key(23)];
     let mut replaced = world.next();
     replaced.root.keys.clear();

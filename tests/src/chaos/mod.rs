@@ -225,7 +225,7 @@ impl World {
         );
         std::fs::create_dir_all(dir)?;
         let data = dir.join("cloud");
-        keys::init(&dir.join("keys"), &keys::Plan::for_a_day(now_ms()))?;
+        keys::init(&dir.join("keys"), &keys::Plan::new(now_ms()))?;
         let mut serve = flags(&[
             "serve",
             "--data",

@@ -237,7 +237,7 @@ impl Demo {
         let logs = dir.join("logs");
         std::fs::create_dir_all(&logs)
             .with_context(|| format!("cannot create {}", logs.display()))?;
-        keys::init(&keys_dir, &keys::Plan::for_a_day(now_ms()))?;
+        keys::init(&keys_dir, &keys::Plan::new(now_ms()))?;
         let server = Process::start(Spec {
             name: "server".to_owned(),
             args: [

@@ -216,7 +216,7 @@ struct World {
 impl World {
     fn start(dir: &Path, devices: u32) -> Result<Self> {
         let (data, keys_dir) = (dir.join("cloud"), dir.join("keys"));
-        keys::init(&keys_dir, &keys::Plan::for_a_day(now_ms()))?;
+        keys::init(&keys_dir, &keys::Plan::new(now_ms()))?;
         let server = Process::start(Spec {
             name: "server".to_owned(),
             args: [
