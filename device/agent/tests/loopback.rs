@@ -224,7 +224,7 @@ fn a_model_that_answers_otherwise_than_signed_is_reverted() {
 }
 
 #[test]
-fn a_shadow_model_finds_frames_that_the_live_one_disagrees_on() {
+fn a_shadow_model_has_a_say_in_what_disagrees() {
     use flywheel_shared::message::Lane;
     let disagreed = |shadow: bool| {
         let data = tempfile::tempdir().unwrap();

@@ -151,7 +151,7 @@ mod tests {
             .unwrap();
         replace(&disk, &path, b"two").unwrap();
         assert_eq!(disk.read(&path).unwrap(), b"two");
-        assert_eq!(disk.list(&folder).unwrap(), [path.clone()]);
+        assert_eq!(disk.list(&folder).unwrap(), std::slice::from_ref(&path));
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!((mode(&folder), mode(&path)), (0o700, 0o600));
         remove_all(&disk, &folder).unwrap();
