@@ -51,7 +51,7 @@ pub enum Change {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// It is in `trust.bin`, to be published.
-    Signed(Trust),
+    Signed(Box<Trust>),
     /// So many more of the old and of the new root keys must sign `trust.partial`.
     Partial {
         /// Its version.
@@ -215,7 +215,7 @@ fn conclude(dir: &Path, old: &Trust, next: &TrustRoot, bytes: Vec<u8>) -> Result
                 fs::remove_file(&partial)
                     .with_context(|| format!("cannot remove {}", partial.display()))?;
             }
-            Ok(Outcome::Signed(Trust::read(bytes)?))
+            Ok(Outcome::Signed(Box::new(Trust::read(bytes)?)))
         }
         Err(TrustError::Threshold) => {
             let missing = |keys: &Keys| {

@@ -262,7 +262,7 @@ mod tests {
 
         fn rotate(&self, change: &Change) -> keys::Trust {
             match keys::rotate(&self.keys(), change, &plan(), &[]).unwrap() {
-                Outcome::Signed(trust) => trust,
+                Outcome::Signed(trust) => *trust,
                 partial => panic!("{partial:?}"),
             }
         }
