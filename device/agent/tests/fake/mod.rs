@@ -72,7 +72,7 @@ pub enum Mirror {
     Honest,
     /// One bit of every piece is flipped.
     Flips,
-    /// With more bytes than there are.
+    /// With more bytes at the end than there are.
     Endless,
     /// Not at all.
     Silent,
@@ -365,13 +365,21 @@ impl Cloud {
             Up::Fetch(fetch) => {
                 memory.fetched += fetch.len as usize;
                 memory.asked.push(fetch.digest);
-                let part = &memory.release.as_ref().unwrap().parts[&fetch.digest];
+                // What was asked for before the offer was taken back is not answered.
+                let part = memory
+                    .release
+                    .as_ref()
+                    .and_then(|r| r.parts.get(&fetch.digest));
+                let Some(part) = part else {
+                    return Vec::new();
+                };
                 let start = fetch.offset as usize;
                 let mut bytes = part[start..start + fetch.len as usize].to_vec();
                 match memory.mirror {
                     Mirror::Honest => {}
                     Mirror::Flips => bytes[0] ^= 1,
-                    Mirror::Endless => bytes = vec![7; part.len() - start + 1],
+                    Mirror::Endless if start + bytes.len() == part.len() => bytes.push(7),
+                    Mirror::Endless => {}
                     Mirror::Until(most) if memory.fetched <= most => {}
                     Mirror::Silent | Mirror::Until(_) => return Vec::new(),
                     Mirror::Missing => {
