@@ -31,3 +31,6 @@ pub use signature::{
     strong, verify,
 };
 pub use time::{TimeStamp, Timekeeper};
+
+#[cfg(test)]
+mod tests;
