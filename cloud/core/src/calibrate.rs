@@ -8,14 +8,17 @@
 
 use device_core::params::{Params, ParamsError, Shape};
 use device_core::score::boundary::pair;
-use device_core::score::neighbour::nearest_prototype;
+use device_core::score::neighbour::{coordinates, nearest_prototype};
 use device_core::score::{ScoreError, fused, knot_level, normalise, score};
 use thiserror::Error;
 
+mod directions;
 mod integer;
 mod neutral;
 mod prototypes;
+mod subspace;
 
+use directions::Directions;
 pub use neutral::neutral;
 
 /// Knots in each conformal table.
@@ -130,7 +133,8 @@ pub enum FitError {
 ///   estimator for large-dimensional covariance matrices", section 3.3), if above [`SHRINKAGE`].
 /// - Prototypes: k-means centres of each class ([`prototypes`]); the table of `fused` then makes
 ///   `u_novel` out of the distances to whole classes and to the nearest prototype.
-/// - The integer form of the relative Mahalanobis distance ([`integer`]), for small models.
+/// - The integer form of the relative Mahalanobis distance ([`integer`]), unless classes are many.
+/// - The compact form of everything, where the embedding is wide enough to gain by it.
 /// - A class with fewer than 3 training items has its mean drawn to the centre, as if one more
 ///   item lay there; a class without items has no mean and takes no part in the distance.
 ///
@@ -147,11 +151,14 @@ pub fn fit(input: FitInput<'_>) -> Result<Vec<u8>, FitError> {
     let centres = prototypes::fit(input.embeddings, input.labels, k, d);
     let directions = gaussians
         .as_ref()
-        .and_then(|gaussians| integer::fit(gaussians, k, d));
+        .and_then(|gaussians| Directions::fit(gaussians, k, d));
+    let rank = directions.as_ref().map_or(0, Directions::rank);
+    let compact = rank > 0 && !centres.is_empty() && rank + subspace::DIMENSIONS <= d;
     let shape = Shape {
         head: d > 0 && input.head.is_some(),
         prototypes: wide(centres.len().checked_div(d).unwrap_or(0)),
-        rank: directions.as_ref().map_or(0, |form| wide(form.rank)),
+        rank: wide(rank),
+        subspace: if compact { subspace::DIMENSIONS as u16 } else { 0 },
         ..Shape::plain(wide(k), wide(d), TABLE)
     }
     .check()?;
@@ -164,12 +171,23 @@ pub fn fit(input: FitInput<'_>) -> Result<Vec<u8>, FitError> {
     }
     if let Some(gaussians) = &gaussians {
         narrow(&mut values[layout.centre.clone()], &gaussians.centre);
-        narrow(&mut values[layout.within.clone()], &gaussians.within);
-        narrow(
-            &mut values[layout.background.clone()],
-            &gaussians.background,
-        );
-        narrow(&mut values[layout.means.clone()], &gaussians.means);
+        match directions.as_ref().filter(|_| compact) {
+            Some(Directions { rows, gains, means }) => {
+                narrow(&mut values[layout.directions.clone()], &rows.concat());
+                narrow(&mut values[layout.gains.clone()], gains);
+                narrow(&mut values[layout.means.clone()], &means.concat());
+                let rows = subspace::fit(&gaussians.moment, subspace::DIMENSIONS, d);
+                narrow(&mut values[layout.subspace.clone()], &rows);
+            }
+            None => {
+                narrow(&mut values[layout.within.clone()], &gaussians.within);
+                narrow(
+                    &mut values[layout.background.clone()],
+                    &gaussians.background,
+                );
+                narrow(&mut values[layout.means.clone()], &gaussians.means);
+            }
+        }
     }
     if let (true, Some(head)) = (shape.head, input.head) {
         let n = input.labels.len() as f64;
@@ -179,7 +197,15 @@ pub fn fit(input: FitInput<'_>) -> Result<Vec<u8>, FitError> {
         }
         inverse_distances(head, d, &mut values[layout.head_inverse.clone()]);
     }
-    values[layout.prototypes.clone()].copy_from_slice(&centres);
+    if compact {
+        let rows = values[layout.subspace.clone()].to_vec();
+        let places = values[layout.prototypes.clone()].chunks_exact_mut(subspace::DIMENSIONS + 1);
+        for (place, centre) in places.zip(centres.chunks_exact(d)) {
+            coordinates(centre, &rows, place);
+        }
+    } else {
+        values[layout.prototypes.clone()].copy_from_slice(&centres);
+    }
 
     // With tables of zeros the scores come out right and only u does not; u is not used here.
     let params = Params::checked(shape, &values)?;
@@ -207,8 +233,8 @@ pub fn fit(input: FitInput<'_>) -> Result<Vec<u8>, FitError> {
 
     let mut bytes = vec![0u8; shape.front_len()];
     Params::checked(shape, &values)?.encode(&mut bytes)?;
-    if let Some(directions) = directions {
-        bytes.extend(directions.bytes);
+    if let (Some(directions), Some(gaussians)) = (&directions, &gaussians) {
+        bytes.extend(integer::encode(directions, gaussians));
     }
     Ok(bytes)
 }
@@ -324,6 +350,8 @@ struct Gaussians {
     plain_means: Vec<f64>,
     /// Which classes have items.
     present: Vec<bool>,
+    /// Mean of x xᵀ over the classes, d × d.
+    moment: Vec<f64>,
 }
 
 impl Gaussians {
@@ -377,6 +405,12 @@ impl Gaussians {
             .zip(&within)
             .map(|(between, within)| within + spread * between)
             .collect();
+        let mut moment = background.clone();
+        for i in 0..d {
+            for j in 0..d {
+                moment[i * d + j] += centre[i] * centre[j];
+            }
+        }
         let plain = means.clone();
         for (at, mean) in means.iter_mut().enumerate() {
             let count = counts[at / d];
@@ -405,6 +439,7 @@ impl Gaussians {
             centre,
             within,
             background,
+            moment,
         })
     }
 }

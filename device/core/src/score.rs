@@ -14,7 +14,7 @@ pub mod boundary;
 pub mod integer;
 pub mod mahalanobis;
 pub mod neighbour;
-mod vector;
+pub(crate) mod vector;
 
 pub use vector::normalise;
 use vector::saturate;
@@ -152,8 +152,9 @@ pub fn score(
     } else {
         let (unit, white) = scratch.split_at_mut(dim);
         normalise(embedding, unit);
-        let near = neighbour::nearest(unit, params);
-        let novelty = mahalanobis::of_unit(unit, &mut white[..dim], params);
+        let white = &mut white[..dim];
+        let near = neighbour::nearest(unit, params, white);
+        let novelty = mahalanobis::of_unit(unit, white, params);
         (novelty, near)
     };
     let n = params.calibrated();

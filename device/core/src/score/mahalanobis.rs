@@ -1,4 +1,13 @@
 //! How much farther an embedding lies from every class than from the background.
+//!
+//! Both covariances have the same ridge, so the two distances differ in few directions only. In the
+//! basis that whitens the spread within classes and makes the spread between them diagonal
+//! (Fisher's discriminants), with λᵢ the spread between classes along i, all but r ≤ K − 1 of them
+//! cancel:
+//!
+//! minₖ |W(x−c) − mₖ|² − |W₀(x−c)|² = minₖ |t − P(μₖ−c)|² − Σᵢ tᵢ²/(1 + λᵢ),  t = P(x−c).
+//!
+//! The compact form of the parameters holds the right side.
 
 use super::vector::{dot, normalise, saturate, square_distance};
 use crate::params::Params;
@@ -23,18 +32,23 @@ pub(super) fn of_unit(unit: &mut [f32], white: &mut [f32], params: &Params<'_>) 
         *x -= mean;
     }
     let centred = &*unit;
+    if !layout.directions.is_empty() {
+        let gains = &values[layout.gains];
+        let t = &mut white[..gains.len()];
+        let rows = values[layout.directions].chunks_exact(dim);
+        for (t, row) in t.iter_mut().zip(rows) {
+            *t = dot(row, centred);
+        }
+        let shared: f32 = t.iter().zip(gains).map(|(t, gain)| t * t * gain).sum();
+        return saturate(nearest(t, &values[layout.means], params.counts()) - shared);
+    }
     let mut row = 0;
     let within = &values[layout.within];
     for (i, y) in white.iter_mut().enumerate() {
         *y = dot(&within[row..=row + i], &centred[..=i]);
         row += i + 1;
     }
-    let mut nearest = f32::INFINITY;
-    for (mean, &count) in values[layout.means].chunks_exact(dim).zip(params.counts()) {
-        if count > 0.0 {
-            nearest = nearest.min(square_distance(white, mean));
-        }
-    }
+    let apart = nearest(white, &values[layout.means], params.counts());
     let (mut row, mut background) = (0, 0.0f32);
     let whitening = &values[layout.background];
     for i in 0..dim {
@@ -42,5 +56,14 @@ pub(super) fn of_unit(unit: &mut [f32], white: &mut [f32], params: &Params<'_>) 
         background += y * y;
         row += i + 1;
     }
-    saturate(nearest - background)
+    saturate(apart - background)
+}
+
+/// Smallest |x − mean|² over the classes that have items.
+fn nearest(x: &[f32], means: &[f32], counts: &[f32]) -> f32 {
+    let means = means.chunks_exact(x.len()).zip(counts);
+    means
+        .filter(|(_, count)| **count > 0.0)
+        .map(|(mean, _)| square_distance(x, mean))
+        .fold(f32::INFINITY, f32::min)
 }

@@ -20,6 +20,10 @@ fn params_of(shape: Shape, t: f32, n: f32, seed: &[f32]) -> Vec<f32> {
     for inverse in &mut values[layout.head_inverse] {
         *inverse = inverse.abs();
     }
+    // Short enough that something of an embedding lies outside of the subspace.
+    for value in &mut values[layout.subspace] {
+        *value *= 0.03;
+    }
     for table in [layout.unsure, layout.novel, layout.near, layout.fused] {
         values[table].sort_by(f32::total_cmp);
     }
@@ -64,21 +68,40 @@ fn reference(logits: &[f32], z: &[f32], params: &Params<'_>) -> Reference {
             })
             .collect()
     };
-    let y = white(layout.within.start);
-    let background: f64 = white(layout.background.start).iter().map(|y| y * y).sum();
+    let times = |rows: &std::ops::Range<usize>, x: &[f64]| -> Vec<f64> {
+        let rows = params.values()[rows.clone()].chunks_exact(d.max(1));
+        rows.map(|row| row.iter().zip(x).map(|(a, b)| f64::from(*a) * b).sum())
+            .collect()
+    };
+    let compact = params.shape().subspace > 0;
+    let (y, background) = if compact {
+        let t = times(&layout.directions, &c);
+        let gain = |i: usize| value(layout.gains.start + i);
+        let background = t.iter().enumerate().map(|(i, t)| t * t * gain(i)).sum();
+        (t, background)
+    } else {
+        let squares = white(layout.background.start).into_iter().map(|y| y * y);
+        (white(layout.within.start), squares.sum::<f64>())
+    };
     let nearest = (0..logits.len())
         .filter(|&k| value(layout.counts.start + k) > 0.0)
         .map(|k| {
-            (0..d)
-                .map(|i| (y[i] - value(layout.means.start + k * d + i)).powi(2))
-                .sum::<f64>()
+            let mean = |i: usize| value(layout.means.start + k * y.len() + i);
+            y.iter().enumerate().map(|(i, y)| (y - mean(i)).powi(2)).sum::<f64>()
         })
         .fold(f64::INFINITY, f64::min);
     let root = |square: f64| square.sqrt();
+    let mut place: Vec<f64> = z.iter().map(|&z| unit(z)).collect();
+    if compact {
+        place = times(&layout.subspace, &place);
+        let inside: f64 = place.iter().map(|y| y * y).sum();
+        place.push(root((1.0 - inside).max(0.0)));
+    }
     let near = (0..usize::from(params.shape().prototypes))
         .map(|p| {
-            let at = layout.prototypes.start + p * d;
-            root((0..d).map(|i| (unit(z[i]) - value(at + i)).powi(2)).sum())
+            let at = layout.prototypes.start + p * place.len();
+            let apart = place.iter().enumerate();
+            root(apart.map(|(i, x)| (x - value(at + i)).powi(2)).sum())
         })
         .reduce(f64::min);
     let boundary = params.shape().head.then(|| {
@@ -124,11 +147,15 @@ proptest! {
         t in 0.3f32..5.0,
         head in any::<bool>(),
         prototypes in 0u16..6,
+        compact in any::<bool>(),
     ) {
         let dim = z.len() as u16;
+        let compact = compact && dim >= 2;
         let shape = Shape {
             head: head && dim > 0,
             prototypes: if dim > 0 { prototypes } else { 0 },
+            rank: if compact { 1 + dim / 4 } else { 0 },
+            subspace: if compact { 1 + dim / 8 } else { 0 },
             ..Shape::plain(logits.len() as u16, dim, 9)
         };
         let values = params_of(shape, t, 50.0, &seed);
