@@ -49,7 +49,7 @@ pub struct Shape {
     /// r: directions of the integer form, 0 (no section) to d.
     pub rank: u16,
     /// q: dimensions in which prototypes are compared; 0 is the whole form. The compact form needs
-    /// r > 0 and r + q ≤ d.
+    /// r > 0 and prototypes, and r + q, rounded up to a multiple of [`BLOCK`], is at most d.
     pub subspace: u16,
 }
 
@@ -71,9 +71,11 @@ pub struct Layout {
     /// d(d+1)/2: the same for the background, whose covariance ignores classes. Empty in the
     /// compact form.
     pub background: Range<usize>,
-    /// r × d by rows: the directions in which the two differ, P of [`crate::score::mahalanobis`].
-    /// Compact form only.
-    pub directions: Range<usize>,
+    /// Blocks ([`BLOCK`]) of r + q rows of d values: the directions in which the two differ, P of
+    /// [`crate::score::compact`], and an orthonormal basis of the subspace, Q. Compact form only.
+    pub projection: Range<usize>,
+    /// r: P times the centre. Compact form only.
+    pub offsets: Range<usize>,
     /// r: 1/(1 + λ) of each direction. Compact form only.
     pub gains: Range<usize>,
     /// K × d: class means, centred and whitened by `within`; K × r in the compact form, P times
@@ -88,16 +90,21 @@ pub struct Layout {
     /// K(K−1)/2: 1/‖wₐ − w_b‖ of the head's weights of each pair of classes, in the order of
     /// [`crate::score::boundary::pair`]; 0 where they are equal. Empty without the head's section.
     pub head_inverse: Range<usize>,
-    /// q × d by rows, orthonormal: the subspace of [`crate::score::neighbour`]. Compact form only.
-    pub subspace: Range<usize>,
-    /// P × d: prototypes at unit length; P × (q + 1) in the compact form, their coordinates in the
-    /// subspace and the length of what lies outside of it.
+    /// P × d: prototypes at unit length. In the compact form blocks ([`BLOCK`]) of P rows of q + 1
+    /// values: their coordinates in the subspace and the length of what lies outside of it.
     pub prototypes: Range<usize>,
     /// m ascending knots of the distance to the nearest prototype; empty without prototypes.
     pub near: Range<usize>,
+    /// m ascending knots of energy. Compact form only.
+    pub energy: Range<usize>,
     /// m ascending knots of [`crate::score::fused`]; empty without prototypes.
     pub fused: Range<usize>,
 }
+
+/// Rows of a block. Matrices of the compact form are cut into blocks of so many rows, each stored
+/// column by column, so that one value meets all rows of a block at once, which suits vector
+/// registers; the last block is filled up with copies of the last row.
+pub const BLOCK: usize = 16;
 
 impl Shape {
     /// The sizes of parameters without optional sections.
@@ -123,7 +130,10 @@ impl Shape {
             && (self.dim > 0 || (!self.head && self.prototypes == 0))
             && (self.subspace == 0
                 || (self.rank > 0
-                    && u32::from(self.rank) + u32::from(self.subspace) <= u32::from(self.dim)));
+                    && self.prototypes > 0
+                    && (usize::from(self.rank) + usize::from(self.subspace))
+                        .next_multiple_of(BLOCK)
+                        <= usize::from(self.dim)));
         if fits {
             Ok(self)
         } else {
@@ -137,11 +147,12 @@ impl Shape {
         let [r, q] = [self.rank, self.subspace].map(usize::from);
         let head = usize::from(self.head);
         let near = if p > 0 { m } else { 0 };
-        // Values of a triangle, number of directions, values of a mean and of a prototype.
-        let (triangle, directions, mean, prototype) = if q > 0 {
-            (0, r, r, q + 1)
+        let compact = usize::from(q > 0);
+        // Values of a triangle, directions, values of a mean and of all prototypes.
+        let (triangle, directions, mean, prototypes) = if q > 0 {
+            (0, r, r, p.next_multiple_of(BLOCK) * (q + 1))
         } else {
-            (d * (d + 1) / 2, 0, d, d)
+            (d * (d + 1) / 2, 0, d, p * d)
         };
         let mut end = 2;
         let mut next = |len: usize| {
@@ -156,16 +167,17 @@ impl Shape {
             centre: next(d),
             within: next(triangle),
             background: next(triangle),
-            directions: next(directions * d),
+            projection: next(compact * (r + q).next_multiple_of(BLOCK) * d),
+            offsets: next(directions),
             gains: next(directions),
             means: next(k * mean),
             unsure: next(m),
             novel: next(m),
             head_mean: next(head * d),
             head_inverse: next(head * (k * (k - 1) / 2)),
-            subspace: next(q * d),
-            prototypes: next(p * prototype),
+            prototypes: next(prototypes),
             near: next(near),
+            energy: next(compact * near),
             fused: next(near),
         }
     }
@@ -292,7 +304,7 @@ impl fmt::Display for ParamsError {
                 "sizes out of range: {classes} classes, {dim} embedding values, {table} knots \
                  (limits 1..={MAX_SIDE}, 0..={MAX_SIDE}, 2..={MAX_SIDE}), {prototypes} prototypes, \
                  {rank} directions, {subspace} dimensions of a subspace, the last three only with \
-                 an embedding, the last two together at most as many as its values"
+                 an embedding, which limits the last two together"
             ),
             Self::Length { expected, found } => {
                 write!(f, "the length is {found} where {expected} is needed")
@@ -410,7 +422,13 @@ impl<'a> Params<'a> {
                 index: layout.head_inverse.start + at,
             });
         }
-        for table in [layout.unsure, layout.novel, layout.near, layout.fused] {
+        for table in [
+            layout.unsure,
+            layout.novel,
+            layout.near,
+            layout.energy,
+            layout.fused,
+        ] {
             let falls = |pair: &[f32]| pair[0] > pair[1];
             if let Some(at) = values[table.clone()].windows(2).position(falls) {
                 return Err(ParamsError::Table {
@@ -535,15 +553,20 @@ mod tests {
         #[test]
         fn round_trip_and_no_prefix_is_accepted(
             (classes, dim, table) in (1u16..9, 0u16..9, 2u16..9),
-            (head, prototypes, rank, subspace) in (any::<bool>(), 0u16..5, 0u16..9, 0u16..9),
+            (head, prototypes, rank) in (any::<bool>(), 0u16..5, 0u16..9),
+            compact in any::<bool>(),
             cut in any::<prop::sample::Index>(),
         ) {
             let shape = Shape {
                 head: head && dim > 0,
                 prototypes: if dim > 0 { prototypes } else { 0 },
                 rank: rank.min(dim),
-                subspace: if rank > 0 { subspace.min(dim.saturating_sub(rank)) } else { 0 },
                 ..Shape::plain(classes, dim, table)
+            };
+            // Wide enough for a block.
+            let shape = match compact && shape.rank > 0 && shape.prototypes > 0 {
+                true => Shape { dim: dim + 16, subspace: 7, ..shape },
+                false => shape,
             };
             let values = sample(shape);
             let params = Params::checked(shape, &values).unwrap();

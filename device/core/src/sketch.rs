@@ -16,12 +16,13 @@ pub(crate) const fn mix(mut x: u64) -> u64 {
     x ^ (x >> 31)
 }
 
-/// The signs of 64 fixed random ±1 projections of `embedding`, at unit length, − `centre`
+/// The signs of 64 fixed pseudo-random projections of `embedding`, at unit length, − `centre`
 /// (SimHash, Charikar 2002): two vectors at an angle θ differ in about 64·θ/180° bits.
 ///
-/// Values beyond the first 64 are first added to these under random signs of their own (a count
-/// sketch, Charikar et al. 2002), which leaves every bit a ±1 projection of all values and makes
-/// the work grow by d, not by 64·d.
+/// The projections are rows of H·D₃·H·D₂·H·D₁, H the Hadamard matrix of 64 rows and D random signs:
+/// orthogonal, and as good as independent Gaussian ones (Andoni et al. 2015, 1509.02897, section
+/// 6), for a tenth of the work. Values beyond the first 64 are first added to these under random
+/// signs (a count sketch, Charikar et al. 2002).
 ///
 /// `centre` is [`crate::params::Params::centre`]; where it is shorter, nothing is subtracted.
 /// `None` if the embedding is empty, not finite, zero, or equal to the centre. Comparable only
@@ -48,12 +49,29 @@ pub fn signature(embedding: &[f32], centre: &[f32]) -> Option<u64> {
     if !(size > 0.0 && size.is_finite()) {
         return None;
     }
-    let mut sums = [0.0f32; BITS];
-    for (i, &z) in folded.iter().enumerate().take(embedding.len()) {
-        add_flipped(&mut sums, signs(i), &[z; BITS]);
+    let mut sums = folded;
+    for round in 0..3 {
+        let mut turned = [0.0f32; BITS];
+        add_flipped(&mut turned, signs(round), &sums);
+        hadamard(&mut turned);
+        sums = turned;
     }
     let bits = sums.iter().enumerate();
     Some(bits.fold(0, |all, (bit, &sum)| all | (u64::from(sum > 0.0) << bit)))
+}
+
+/// Times the Hadamard matrix, in place (fast Walsh–Hadamard transform).
+fn hadamard(values: &mut [f32; BITS]) {
+    let mut half = BITS / 2;
+    while half > 0 {
+        for pair in values.chunks_exact_mut(2 * half) {
+            let (low, high) = pair.split_at_mut(half);
+            for (a, b) in low.iter_mut().zip(high) {
+                (*a, *b) = (*a + *b, *a - *b);
+            }
+        }
+        half /= 2;
+    }
 }
 
 /// Bits of a signature.
@@ -61,7 +79,9 @@ const BITS: usize = 64;
 
 /// 64 fixed random signs, of each `row` its own.
 fn signs(row: usize) -> u64 {
-    mix((row as u64).wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15))
+    mix((row as u64)
+        .wrapping_add(1)
+        .wrapping_mul(0x9E37_79B9_7F4A_7C15))
 }
 
 /// Adds each value to its sum, those whose bit is set in `flips` with the other sign.

@@ -1,5 +1,5 @@
 //! The few directions in which the distance to classes and that to the background differ
-//! ([`device_core::score::mahalanobis`]).
+//! ([`device_core::score::compact`]).
 
 use super::Gaussians;
 

@@ -1,22 +1,29 @@
-//! The few dimensions in which prototypes are compared ([`device_core::score::neighbour`]).
+//! The few dimensions in which prototypes are compared ([`device_core::score::compact`]).
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
+use device_core::params::BLOCK;
+
 use super::directions::dot;
 
-/// Dimensions: with the length of the rest, 32 values of each prototype.
-pub(super) const DIMENSIONS: usize = 31;
+/// Dimensions at least.
+const LEAST_DIMENSIONS: usize = 16;
 /// Rounds of the iteration. The subspace needs not be exactly the one of largest spread.
 const ROUNDS: usize = 60;
 /// Length, relative to that before, below which nothing of a direction is left.
 const LEAST: f64 = 1e-12;
 
+/// Dimensions beside `rank` directions: what fills blocks, 16 to 31.
+pub(super) fn dimensions(rank: usize) -> usize {
+    (rank + LEAST_DIMENSIONS).next_multiple_of(BLOCK) - rank
+}
+
 /// Orthonormal rows (q × d) that span the `q` dimensions in which the symmetric, not negative d × d
 /// matrix `moment` is largest, by orthogonal iteration (Golub & Van Loan, Matrix Computations,
 /// section 8.2.4). Where it has fewer dimensions, the rows left over are 0. The same input gives
 /// the same bytes.
-pub(super) fn fit(moment: &[f64], q: usize, d: usize) -> Vec<f64> {
+pub(super) fn fit(moment: &[f64], q: usize, d: usize) -> Vec<Vec<f64>> {
     let mut rng = ChaCha8Rng::seed_from_u64(0);
     let mut rows: Vec<Vec<f64>> = (0..q)
         .map(|_| (0..d).map(|_| f64::from(rng.next_u32()) - 2e9).collect())
@@ -28,7 +35,16 @@ pub(super) fn fit(moment: &[f64], q: usize, d: usize) -> Vec<f64> {
         }
         orthonormalise(&mut rows);
     }
-    rows.concat()
+    rows
+}
+
+/// Coordinates of `unit` (d values of length 1) in the subspace of `rows`, and the length of what
+/// lies outside of it.
+pub(super) fn place(rows: &[Vec<f64>], unit: &[f32]) -> Vec<f64> {
+    let inner = |row: &Vec<f64>| row.iter().zip(unit).map(|(r, &x)| r * f64::from(x)).sum();
+    let mut place: Vec<f64> = rows.iter().map(inner).collect();
+    place.push((1.0 - dot(&place, &place)).max(0.0).sqrt());
+    place
 }
 
 /// Gram and Schmidt's way, each row twice, since once loses digits.
@@ -73,7 +89,7 @@ mod tests {
         }
         let rows = fit(&moment, 2, d);
         let inside = |x: &[f64]| {
-            let parts = rows.chunks_exact(d).map(|row| dot(row, x).powi(2));
+            let parts = rows.iter().map(|row| dot(row, x).powi(2));
             parts.sum::<f64>()
         };
         assert!((inside(&a) - 1.0).abs() < 1e-9 && (inside(&b) - 1.0).abs() < 1e-9);
@@ -84,7 +100,7 @@ mod tests {
     fn rows_beyond_the_rank_are_zero() {
         let moment = [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0];
         let rows = fit(&moment, 2, 3);
-        assert!((rows[0].abs() - 1.0).abs() < 1e-12);
-        assert_eq!(rows[3..], [0.0; 3]);
+        assert!((rows[0][0].abs() - 1.0).abs() < 1e-12);
+        assert_eq!(rows[1], [0.0; 3]);
     }
 }

@@ -472,9 +472,8 @@ fn the_compact_form_is_the_same_distance() {
             .map(|(&x, centre)| f64::from(x) - centre)
             .collect();
         let white = times_triangle(&gaussians.within, &x);
-        let apart = |mean: &[f64]| -> f64 {
-            white.iter().zip(mean).map(|(x, m)| (x - m).powi(2)).sum()
-        };
+        let apart =
+            |mean: &[f64]| -> f64 { white.iter().zip(mean).map(|(x, m)| (x - m).powi(2)).sum() };
         let nearest = gaussians
             .means
             .chunks_exact(d)
@@ -486,11 +485,19 @@ fn the_compact_form_is_the_same_distance() {
             .map(|y| y * y)
             .sum();
         let plain = nearest - background;
-        assert!((f64::from(ours) - plain).abs() < 1e-3 * (1.0 + plain.abs()), "{ours} {plain}");
+        assert!(
+            (f64::from(ours) - plain).abs() < 1e-3 * (1.0 + plain.abs()),
+            "{ours} {plain}"
+        );
 
         let whole = prototypes
             .chunks_exact(d)
-            .map(|p| unit.iter().zip(p).map(|(x, p)| (x - p).powi(2)).sum::<f32>())
+            .map(|p| {
+                unit.iter()
+                    .zip(p)
+                    .map(|(x, p)| (x - p).powi(2))
+                    .sum::<f32>()
+            })
             .fold(f32::INFINITY, f32::min)
             .sqrt();
         assert!(near <= whole + 1e-4 && near > 0.7 * whole, "{near} {whole}");

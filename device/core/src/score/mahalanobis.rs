@@ -1,14 +1,6 @@
 //! How much farther an embedding lies from every class than from the background.
-//!
-//! Both covariances have the same ridge, so the two distances differ in few directions only. In the
-//! basis that whitens the spread within classes and makes the spread between them diagonal
-//! (Fisher's discriminants), with λᵢ the spread between classes along i, all but r ≤ K − 1 of them
-//! cancel:
-//!
-//! minₖ |W(x−c) − mₖ|² − |W₀(x−c)|² = minₖ |t − P(μₖ−c)|² − Σᵢ tᵢ²/(1 + λᵢ),  t = P(x−c).
-//!
-//! The compact form of the parameters holds the right side.
 
+use super::compact;
 use super::vector::{dot, normalise, saturate, square_distance};
 use crate::params::Params;
 
@@ -16,11 +8,17 @@ use crate::params::Params;
 /// with x the embedding (d values, d > 0) at unit length, c the centre, W and W₀ the whitenings
 /// within classes and of the background, mₖ the whitened class means; higher is less familiar.
 ///
-/// `scratch` holds at least 2·d values, whose content does not matter.
+/// In the compact form of the parameters it is the same distance ([`super::compact`]). `scratch`
+/// holds at least 2·d values, whose content does not matter.
 pub fn relative_mahalanobis(embedding: &[f32], params: &Params<'_>, scratch: &mut [f32]) -> f32 {
     let (unit, white) = scratch.split_at_mut(embedding.len());
     normalise(embedding, unit);
-    of_unit(unit, &mut white[..embedding.len()], params)
+    let white = &mut white[..embedding.len()];
+    if params.shape().subspace > 0 {
+        compact::distances(unit, white, params).0
+    } else {
+        of_unit(unit, white, params)
+    }
 }
 
 /// The same for an embedding at unit length, which is overwritten; `white` is as long.
@@ -32,23 +30,13 @@ pub(super) fn of_unit(unit: &mut [f32], white: &mut [f32], params: &Params<'_>) 
         *x -= mean;
     }
     let centred = &*unit;
-    if !layout.directions.is_empty() {
-        let gains = &values[layout.gains];
-        let t = &mut white[..gains.len()];
-        let rows = values[layout.directions].chunks_exact(dim);
-        for (t, row) in t.iter_mut().zip(rows) {
-            *t = dot(row, centred);
-        }
-        let shared: f32 = t.iter().zip(gains).map(|(t, gain)| t * t * gain).sum();
-        return saturate(nearest(t, &values[layout.means], params.counts()) - shared);
-    }
     let mut row = 0;
     let within = &values[layout.within];
     for (i, y) in white.iter_mut().enumerate() {
         *y = dot(&within[row..=row + i], &centred[..=i]);
         row += i + 1;
     }
-    let apart = nearest(white, &values[layout.means], params.counts());
+    let nearest = nearest(white, &values[layout.means], params.counts());
     let (mut row, mut background) = (0, 0.0f32);
     let whitening = &values[layout.background];
     for i in 0..dim {
@@ -56,11 +44,11 @@ pub(super) fn of_unit(unit: &mut [f32], white: &mut [f32], params: &Params<'_>) 
         background += y * y;
         row += i + 1;
     }
-    saturate(apart - background)
+    saturate(nearest - background)
 }
 
 /// Smallest |x − mean|² over the classes that have items.
-fn nearest(x: &[f32], means: &[f32], counts: &[f32]) -> f32 {
+pub(super) fn nearest(x: &[f32], means: &[f32], counts: &[f32]) -> f32 {
     let means = means.chunks_exact(x.len()).zip(counts);
     means
         .filter(|(_, count)| **count > 0.0)

@@ -1,5 +1,7 @@
 //! Plain vector arithmetic in a fixed order, so that every machine rounds alike.
 
+use crate::params::BLOCK;
+
 /// Scales `embedding` to Euclidean length 1 into the front of `out` (at least as long); zeros stay
 /// zeros.
 ///
@@ -60,6 +62,20 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
 
 pub(super) fn square_distance(a: &[f32], b: &[f32]) -> f32 {
     sum_of(a, b, |x, y| (x - y) * (x - y))
+}
+
+/// Products of `x` with rows that are stored in blocks ([`BLOCK`]), a block at a time.
+#[inline(always)]
+pub(super) fn times_blocks(x: &[f32], blocks: &[f32], mut each: impl FnMut([f32; BLOCK])) {
+    for block in blocks.chunks_exact(BLOCK * x.len()) {
+        let mut sums = [0.0f32; BLOCK];
+        for (column, &x) in block.as_chunks::<BLOCK>().0.iter().zip(x) {
+            for (sum, value) in sums.iter_mut().zip(column) {
+                *sum += x * value;
+            }
+        }
+        each(sums);
+    }
 }
 
 #[inline(always)]
