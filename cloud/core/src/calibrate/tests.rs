@@ -445,3 +445,61 @@ fn the_head_gives_distances_to_boundaries() {
         Err(FitError::Length { what: "head", .. })
     ));
 }
+
+/// A wide embedding: the compact form against both whole whitenings in f64, and prototypes in a
+/// subspace against whole ones.
+#[test]
+fn the_compact_form_is_the_same_distance() {
+    let (k, d) = (6, 48);
+    let mut world = World::new(k, d, 12);
+    let (mut train, held) = (world.items(60, 1.0), world.items(30, 1.0));
+    // A class of two items, whose mean is drawn to the centre, and one of none.
+    let few = (60 * 4 + 2) * d;
+    train.embeddings.truncate(few);
+    train.labels.truncate(few / d);
+    let bytes = fit(input(&world, &train, &held)).unwrap();
+    let shape = Params::shape_of(&bytes).unwrap();
+    assert_eq!((shape.version(), shape.rank), (3, 4));
+    let gaussians = Gaussians::fit(&input(&world, &train, &held)).unwrap();
+    let prototypes = prototypes::fit(&train.embeddings, &train.labels, k, d);
+    let pairs = distances(&bytes, &held, d);
+    for (z, (_, ours, near)) in held.embeddings.chunks_exact(d).zip(pairs) {
+        let mut unit = vec![0.0; d];
+        normalise(z, &mut unit);
+        let x: Vec<f64> = unit
+            .iter()
+            .zip(&gaussians.centre)
+            .map(|(&x, centre)| f64::from(x) - centre)
+            .collect();
+        let white = times_triangle(&gaussians.within, &x);
+        let apart =
+            |mean: &[f64]| -> f64 { white.iter().zip(mean).map(|(x, m)| (x - m).powi(2)).sum() };
+        let nearest = gaussians
+            .means
+            .chunks_exact(d)
+            .take(5)
+            .map(apart)
+            .fold(f64::INFINITY, f64::min);
+        let background: f64 = times_triangle(&gaussians.background, &x)
+            .iter()
+            .map(|y| y * y)
+            .sum();
+        let plain = nearest - background;
+        assert!(
+            (f64::from(ours) - plain).abs() < 1e-3 * (1.0 + plain.abs()),
+            "{ours} {plain}"
+        );
+
+        let whole = prototypes
+            .chunks_exact(d)
+            .map(|p| {
+                unit.iter()
+                    .zip(p)
+                    .map(|(x, p)| (x - p).powi(2))
+                    .sum::<f32>()
+            })
+            .fold(f32::INFINITY, f32::min)
+            .sqrt();
+        assert!(near <= whole + 1e-4 && near > 0.7 * whole, "{near} {whole}");
+    }
+}
