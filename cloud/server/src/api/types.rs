@@ -312,6 +312,8 @@ pub struct TrainRequest {
     pub steps: Option<u32>,
     /// Start from fresh weights even if there is a champion.
     pub scratch: Option<bool>,
+    /// Fit the classifier alone, on the champion's features: seconds, and a small update.
+    pub head: Option<bool>,
 }
 
 /// Judges a model on the golden set, through the device's engine.

@@ -1,7 +1,8 @@
 //! `flywheel bench`: what is claimed of the device's decisions, measured with the device's own
-//! code on data that nobody here made.
+//! code on data that nobody here made, and of the server's speed.
 
 mod flagging;
+mod ingest;
 mod latency;
 mod pictures;
 mod stream;
@@ -13,6 +14,7 @@ use anyhow::Result;
 use clap::Subcommand;
 
 pub use flagging::FlaggingArgs;
+pub use ingest::IngestArgs;
 pub use latency::LatencyArgs;
 
 /// Parts of `flywheel bench`.
@@ -25,6 +27,9 @@ pub enum BenchCommand {
     /// How long scoring and triggering one frame take, beside a plain softmax.
     #[command(after_help = "Example: flywheel bench score --json")]
     Score(LatencyArgs),
+    /// How many samples a second devices get stored, by each transport, beside plain tools.
+    #[command(after_help = "Example: flywheel bench ingest --kib 10 --seconds 10 --json")]
+    Ingest(IngestArgs),
 }
 
 /// Runs the command.
@@ -35,6 +40,7 @@ pub fn run(command: BenchCommand) -> Result<ExitCode> {
     match command {
         BenchCommand::Flagging(args) => flagging::run(&args)?,
         BenchCommand::Score(args) => latency::run(&args)?,
+        BenchCommand::Ingest(args) => ingest::run(&args)?,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -6,7 +6,7 @@
 
 mod chaos;
 mod labeller;
-mod processes;
+pub(crate) mod processes;
 mod report;
 mod world;
 
@@ -19,7 +19,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 
-pub use processes::hold_lifeline;
+pub use processes::{LIFELINE, hold_lifeline};
 
 use crate::api::types::{
     AdvanceRequest, AuditView, DatasetView, DeviceView, EvalRequest, FreezeRequest, ItemView,
@@ -96,6 +96,9 @@ pub struct DemoArgs {
     /// Optimiser steps of each training run; chosen from the data if absent.
     #[arg(long)]
     steps: Option<u32>,
+    /// From this round on fit the classifier alone: seconds instead of a minute, and less learnt.
+    #[arg(long, value_name = "ROUND", value_parser = clap::value_parser!(u32).range(1..))]
+    refit_from: Option<u32>,
     /// Scale of the first labelled sets and the held-out set.
     #[arg(long, default_value_t = 1.0, hide = true)]
     scale: f64,
@@ -530,6 +533,7 @@ impl Demo {
                 seed: Some(self.args.seed.wrapping_add(u64::from(number))),
                 steps: self.args.steps,
                 scratch: Some(scratch),
+                head: Some(self.args.refit_from.is_some_and(|from| number >= from)),
             },
         )?;
         let candidate = self.finish(&job, "train")?;
