@@ -35,7 +35,7 @@ const BOUNDS: TrialBounds = TrialBounds {
     min_confidence: 0.0,
 };
 /// Bytes of an answer of the cloud, so that a part comes in several.
-const PIECE: usize = 1800;
+const PIECE: usize = 1000;
 /// Chunks of release 4 that come before release 5 is offered.
 const OVERTAKEN_AFTER: usize = 2;
 
@@ -93,16 +93,16 @@ impl Cloud {
             blobs: BTreeMap::new(),
             signed: BTreeMap::new(),
         };
-        let weights = bytes(1, 9_000);
+        let weights = bytes(1, 5_000);
         let tuned = |at: usize| {
             let mut tuned = weights.clone();
             tuned[at..at + 900].fill(at as u8);
             tuned
         };
         cloud.release(&release, Kind::Good, &weights, None);
-        cloud.release(&release, Kind::Slow, &bytes(2, 5_000), None);
+        cloud.release(&release, Kind::Slow, &bytes(2, 3_000), None);
         cloud.release(&release, Kind::Good, &tuned(40), Some(&weights));
-        cloud.release(&release, Kind::Overtaken, &bytes(4, 9_000), None);
+        cloud.release(&release, Kind::Overtaken, &bytes(4, 5_000), None);
         cloud.release(&release, Kind::Good, &tuned(4_000), Some(&tuned(40)));
         cloud
     }
@@ -113,7 +113,7 @@ impl Cloud {
             (PartKind::Onnx, weights.to_vec()),
             (PartKind::Spec, b"spec".to_vec()),
             (PartKind::Scores, Vec::new()),
-            (PartKind::Golden, bytes(100 + sequence, 2_000)),
+            (PartKind::Golden, bytes(100 + sequence, 1_100)),
         ];
         let mut deltas = heapless::Vec::new();
         if let Some(base) = base {
