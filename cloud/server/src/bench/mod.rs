@@ -1,9 +1,10 @@
 //! `flywheel bench`: what is claimed of the device's decisions, measured with the device's own
-//! code on data that nobody here made.
+//! code on data that nobody here made; and of rollouts, measured on a simulated fleet.
 
 mod flagging;
 mod latency;
 mod pictures;
+pub(crate) mod rollout;
 mod stream;
 mod subject;
 
@@ -14,6 +15,7 @@ use clap::Subcommand;
 
 pub use flagging::FlaggingArgs;
 pub use latency::LatencyArgs;
+pub use rollout::RolloutArgs;
 
 /// Parts of `flywheel bench`.
 #[derive(Subcommand)]
@@ -25,6 +27,10 @@ pub enum BenchCommand {
     /// How long scoring and triggering one frame take, beside a plain softmax.
     #[command(after_help = "Example: flywheel bench score --json")]
     Score(LatencyArgs),
+    /// Rollouts over a large simulated fleet: a good model, a bad one, and one under kills, losses
+    /// and a partition; and how fast offers are made. Exit code 3 if a bound is missed.
+    #[command(after_help = "Example: flywheel bench rollout --devices 10000 --json")]
+    Rollout(RolloutArgs),
 }
 
 /// Runs the command.
@@ -35,6 +41,7 @@ pub fn run(command: BenchCommand) -> Result<ExitCode> {
     match command {
         BenchCommand::Flagging(args) => flagging::run(&args)?,
         BenchCommand::Score(args) => latency::run(&args)?,
+        BenchCommand::Rollout(args) => return rollout::run(&args),
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -9,6 +9,7 @@ pub mod format;
 mod import;
 pub mod model;
 mod queue;
+pub mod rollout;
 mod serve;
 
 use std::ffi::OsString;
@@ -127,8 +128,8 @@ enum Command {
         command: model::KeyCommand,
     },
     /// Roll a model out and watch it.
-    Rollout(Remote<fleet::RolloutCommand>),
-    /// Enrol, list and revoke devices.
+    Rollout(Remote<rollout::RolloutCommand>),
+    /// Enrol, list, tag and revoke devices.
     Device(Remote<fleet::DeviceCommand>),
     /// Check that every flagged sample is accounted for; exit code 3 if one is not.
     #[command(after_help = "Example: flywheel audit --data cloud/")]
@@ -175,7 +176,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Eval(at) => model::eval(&at.args, &at.connection),
         Command::Model(at) => model::run(at.command, &at.connection),
         Command::Key { json, command } => model::key(&command, json),
-        Command::Rollout(at) => fleet::rollout(at.command, &at.connection),
+        Command::Rollout(at) => rollout::run(at.command, &at.connection),
         Command::Device(at) => fleet::device(at.command, &at.connection),
         Command::Audit(connection) => fleet::audit(&connection),
         Command::Bench(command) => crate::bench::run(command),
