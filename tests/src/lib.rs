@@ -1,6 +1,8 @@
 //! What the process tests share: running the program, servers that end with the test, and waiting
 //! for a condition.
 
+pub mod chaos;
+
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};

@@ -23,7 +23,7 @@ use crate::fleet::{self, Fleet, FleetError, Grant};
 use crate::ingest::Ingest;
 use crate::ingest::broker::{self, BrokerOptions};
 use crate::ingest::endpoints::{Endpoints, Wanted};
-use crate::ingest::mqtt::{self, MqttLink, MqttOptions};
+use crate::ingest::mqtt::{self, MqttLink, MqttOptions, TlsFiles};
 use crate::ingest::quic::{self, QuicListener};
 use crate::keys;
 use crate::pki::{self, Pki};
@@ -69,9 +69,11 @@ pub struct CloudConfig {
     pub ranking: Ranking,
 }
 
-/// A broker as the server reaches it: `mqtt://USER:PASSWORD@HOST:PORT`, the credentials optional.
+/// A broker as the server reaches it: `mqtts://HOST:PORT` by TLS with a certificate of the fleet's
+/// authority on both sides, or `mqtt://USER:PASSWORD@HOST:PORT` in the clear; credentials optional.
 #[derive(Clone, PartialEq, Eq)]
 pub struct BrokerUrl {
+    tls: bool,
     host: String,
     port: u16,
     credentials: Option<(String, String)>,
@@ -80,7 +82,8 @@ pub struct BrokerUrl {
 impl fmt::Debug for BrokerUrl {
     /// Without the password, which must not get into logs.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "mqtt://{}:{}", self.host, self.port)
+        let scheme = if self.tls { "mqtts" } else { "mqtt" };
+        write!(f, "{scheme}://{}:{}", self.host, self.port)
     }
 }
 
@@ -88,8 +91,12 @@ impl FromStr for BrokerUrl {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let wanted = "expected mqtt://USER:PASSWORD@HOST:PORT, the part up to the @ optional";
-        let rest = text.strip_prefix("mqtt://").ok_or(wanted)?;
+        let wanted = "expected mqtts://HOST:PORT or mqtt://USER:PASSWORD@HOST:PORT, the part up to the @ optional";
+        let (tls, rest) = match text.split_once("://") {
+            Some(("mqtts", rest)) => (true, rest),
+            Some(("mqtt", rest)) => (false, rest),
+            _ => return Err(wanted.to_owned()),
+        };
         let (credentials, address) = match rest.rsplit_once('@') {
             Some((credentials, address)) => {
                 let (user, password) = credentials.split_once(':').ok_or(wanted)?;
@@ -102,6 +109,7 @@ impl FromStr for BrokerUrl {
             return Err(wanted.to_owned());
         }
         Ok(Self {
+            tls,
             host: host.to_owned(),
             port: port.parse().map_err(|_| wanted)?,
             credentials,
@@ -249,7 +257,7 @@ impl Cloud {
                     host: url.host.clone(),
                     port: url.port,
                     credentials: url.credentials.clone(),
-                    tls: None,
+                    tls: url.tls.then(|| broker_tls(pki)).transpose()?,
                     client_id: "flywheel-ingest".to_owned(),
                     patience: BROKER_PATIENCE,
                 },
@@ -638,6 +646,14 @@ fn write_private(path: &Path, bytes: &[u8]) -> Result<()> {
         .with_context(|| format!("cannot write {}", path.display()))
 }
 
+/// How the ingest shows an external broker who it is, and knows it.
+fn broker_tls(pki: &Pki) -> Result<TlsFiles> {
+    Ok(TlsFiles {
+        ca_pem: pki.ca_pem().to_owned(),
+        client: Some(pki.ingest_client(now_ms())?),
+    })
+}
+
 async fn asked_to_end() {
     let interrupt = tokio::signal::ctrl_c();
     match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
@@ -665,7 +681,8 @@ mod tests {
         assert_eq!(url.credentials, Some(("me".to_owned(), "a:b@c".to_owned())));
         assert!(!format!("{url:?}").contains("a:b"));
         let url: BrokerUrl = "mqtt://127.0.0.1:1".parse().unwrap();
-        assert_eq!(url.credentials, None);
+        assert_eq!((url.credentials, url.tls), (None, false));
+        assert!("mqtts://127.0.0.1:1".parse::<BrokerUrl>().unwrap().tls);
         for bad in [
             "broker:1883",
             "mqtt://broker",
@@ -676,7 +693,7 @@ mod tests {
             assert!(
                 bad.parse::<BrokerUrl>()
                     .unwrap_err()
-                    .contains("mqtt://USER"),
+                    .contains("mqtts://HOST"),
                 "{bad}"
             );
         }

@@ -87,6 +87,9 @@ pub struct Issued {
     pub public_key: [u8; 32],
 }
 
+/// Who the cloud's ingest is to an external broker; not a possible device id.
+pub const INGEST_NAME: &str = "flywheel-ingest";
+
 /// The authority.
 pub struct Pki {
     paths: PkiPaths,
@@ -137,6 +140,29 @@ impl Pki {
             issuer,
             paths,
         })
+    }
+
+    /// Certificate and private key, PEM, with which the cloud's ingest is [`INGEST_NAME`] to an
+    /// external broker. Made anew at each call; nothing is stored.
+    pub fn ingest_client(&self, now_ms: u64) -> Result<(String, String), PkiError> {
+        let mut params = leaf_params(LEAF_DAYS, now_ms);
+        params
+            .distinguished_name
+            .push(DnType::CommonName, INGEST_NAME);
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+        self.certify(params)
+    }
+
+    /// Certificate and private key, PEM, of an external broker that devices reach under `hosts`.
+    /// Made anew at each call; nothing is stored.
+    pub fn broker(&self, hosts: &[String], now_ms: u64) -> Result<(String, String), PkiError> {
+        self.certify(server_params(hosts, now_ms)?)
+    }
+
+    fn certify(&self, params: CertificateParams) -> Result<(String, String), PkiError> {
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        let certificate = params.signed_by(&key, &self.issuer)?;
+        Ok((certificate.pem(), key.serialize_pem()))
     }
 
     /// The root certificate, which devices pin.
@@ -292,7 +318,7 @@ fn read(path: &Path) -> Result<Option<String>, PkiError> {
 }
 
 /// Writes a file that only its owner reads, all or nothing.
-fn write(path: &Path, text: &str) -> Result<(), PkiError> {
+pub(crate) fn write(path: &Path, text: &str) -> Result<(), PkiError> {
     let temporary = path.with_extension("tmp");
     let written = (|| {
         let mut file = OpenOptions::new()

@@ -1,13 +1,23 @@
 //! `flywheel device` and `audit`: the fleet from the operator's chair.
 
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::Result;
-use clap::Subcommand;
+use anyhow::{Context, Result};
+use clap::{Subcommand, ValueEnum};
 
 use super::format::{self, bytes};
 use super::{Connection, EXIT_NEGATIVE, print_json, print_line};
 use crate::api::types::{AuditView, DeviceView, TagRequest, TokenReply, TokenRequest};
+use crate::ingest::broker_files;
+use crate::pki::Pki;
+
+/// A broker that `flywheel device acl` can set up.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum BrokerKind {
+    /// Eclipse Mosquitto, 2.0 or later.
+    Mosquitto,
+}
 
 /// Parts of `flywheel device`.
 #[derive(Subcommand)]
@@ -57,6 +67,27 @@ pub enum DeviceCommand {
         /// Its id.
         id: String,
     },
+    /// Write what an external broker needs to hold every device to its own topics. Runs on the
+    /// server's machine, on its data folder (--data); the server need not run.
+    #[command(
+        after_help = "Example: flywheel device acl --broker mosquitto --data cloud/ --out broker/
+then: mosquitto -c broker/mosquitto.conf
+and: flywheel serve --data cloud/ --keys keys/ --broker mqtts://127.0.0.1:8883 --broker-for-devices HOST:8883"
+    )]
+    Acl {
+        /// Which broker.
+        #[arg(long, value_enum)]
+        broker: BrokerKind,
+        /// Folder for the files.
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+        /// Port of its listener.
+        #[arg(long, default_value_t = 8883)]
+        port: u16,
+        /// Name or address under which devices reach the broker; may be given several times.
+        #[arg(long, value_name = "NAME")]
+        host: Vec<String>,
+    },
 }
 
 fn parse_label(text: &str) -> Result<(String, String), String> {
@@ -72,6 +103,15 @@ fn parse_label(text: &str) -> Result<(String, String), String> {
 /// # Errors
 /// If the server can't be reached or refuses.
 pub fn device(command: DeviceCommand, connection: &Connection) -> Result<ExitCode> {
+    if let DeviceCommand::Acl {
+        broker: BrokerKind::Mosquitto,
+        out,
+        port,
+        host,
+    } = &command
+    {
+        return acl(connection, out, *port, host);
+    }
     let client = connection.client()?;
     match command {
         DeviceCommand::Enroll {
@@ -152,6 +192,7 @@ pub fn device(command: DeviceCommand, connection: &Connection) -> Result<ExitCod
                 labels.join(", ")
             ))?;
         }
+        DeviceCommand::Acl { .. } => {}
         DeviceCommand::Revoke { id } => {
             let device: DeviceView =
                 client.post(&format!("/v1/devices/{id}/revoke"), &serde_json::json!({}))?;
@@ -161,6 +202,26 @@ pub fn device(command: DeviceCommand, connection: &Connection) -> Result<ExitCod
                 print_line(format!("{} is refused from now on", device.id))?;
             }
         }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Writes the files of a broker, for the authority in the data folder.
+fn acl(connection: &Connection, out: &Path, port: u16, hosts: &[String]) -> Result<ExitCode> {
+    let data = connection.data.as_deref().context(
+        "--data DIR is needed: the server's data folder, which holds the fleet's authority",
+    )?;
+    let now_ms = crate::service::now_ms();
+    let pki = Pki::open(&data.join("pki"), hosts, now_ms)?;
+    let files = broker_files::write(&pki, out, port, hosts, now_ms)?;
+    if connection.json {
+        print_json(&files)?;
+    } else {
+        print_line(format!(
+            "wrote {out}: let the broker's user read it (chown -R mosquitto {out}) and start it with: mosquitto -c {}",
+            files.config.display(),
+            out = out.display(),
+        ))?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -41,7 +41,8 @@ pub struct ServeArgs {
     /// Port for devices by QUIC; 0 takes a free one and keeps it.
     #[arg(long, default_value_t = 0, value_name = "PORT")]
     quic_port: u16,
-    /// Use this broker instead of the embedded one, as the server reaches it.
+    /// Use this broker instead of the embedded one, as the server reaches it: mqtts://HOST:PORT for
+    /// one that `flywheel device acl` set up.
     #[arg(
         long,
         value_name = "mqtt://USER:PASSWORD@HOST:PORT",

@@ -19,7 +19,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 
-pub use processes::hold_lifeline;
+pub use processes::{LIFELINE, hold_lifeline};
 
 use crate::api::types::{
     AdvanceRequest, AuditView, DatasetView, DeviceView, EvalRequest, FreezeRequest, ItemView,

@@ -7,6 +7,7 @@
 //! it again.
 
 pub mod broker;
+pub mod broker_files;
 pub mod endpoints;
 pub mod mqtt;
 mod porter;
