@@ -8,6 +8,8 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+#[cfg(any(test, feature = "attacks"))]
+pub mod attacks;
 pub mod envelope;
 pub mod ids;
 pub mod message;

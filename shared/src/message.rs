@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::ids::{DeviceId, Digest};
 use crate::spec::serde_bytes_slice;
-use crate::trust::Signed;
+use crate::trust::{Signed, SignedRoot};
 
 /// Most epochs that one health message accounts for.
 pub const MAX_BOOKS: usize = 16;
@@ -38,6 +38,9 @@ pub enum Up<'a> {
     Slot(SlotReport<'a>),
     /// 4: a request for a piece of a model part.
     Fetch(Fetch),
+    /// 5: a request for newer trust roots and the time; sent after each [`Down::Welcome`], and when
+    /// an offer fails on time or keys.
+    Attest(Attest),
 }
 
 /// From the cloud to the device. Variants are numbered by order: append only.
@@ -60,6 +63,12 @@ pub enum Down<'a> {
     Refused(Refused),
     /// 6: a slot report is stored; it need not be repeated.
     SlotSeen(SlotSeen),
+    /// 7: a newer [`crate::trust::TrustRoot`]; one message for each version, in their order.
+    #[serde(borrow)]
+    Root(SignedRoot<'a>),
+    /// 8: a [`crate::trust::TimeStamp`], which answers [`Up::Attest`].
+    #[serde(borrow)]
+    Time(Signed<'a>),
 }
 
 /// Opens a connection.
@@ -335,7 +344,8 @@ pub struct Health<'a> {
     pub idle: bool,
     /// Digest of the manifest of the live model.
     pub live: Option<Digest>,
-    /// Sequence of the live model; the floor below which no offer is taken.
+    /// The floor above which an offer must be: the sequence of the confirmed model, unless a newer
+    /// trust root says otherwise.
     pub sequence: u64,
     /// Digest of the manifest that is staged or on trial.
     pub candidate: Option<Digest>,
@@ -437,6 +447,15 @@ pub struct Chunk<'a> {
     /// The piece.
     #[serde(with = "serde_bytes_slice")]
     pub bytes: &'a [u8],
+}
+
+/// Asks for trust roots newer than the device's, and for the time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attest {
+    /// Random; the time stamp repeats it.
+    pub nonce: u64,
+    /// Version of the device's trust root.
+    pub root_version: u32,
 }
 
 /// A model to take: the manifest signed by the release key, the offer by the rollout key.

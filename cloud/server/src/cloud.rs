@@ -16,7 +16,8 @@ use cloud_core::rollout::Device;
 use flywheel_shared::ids::DeviceId;
 
 use crate::api::types::{
-    AuditView, DeviceView, EnrollReply, EnrollRequest, Info, TagRequest, TokenReply, TokenRequest,
+    AuditView, DeviceView, EnrollReply, EnrollRequest, Info, RootRequest, RootView, TagRequest,
+    TokenReply, TokenRequest,
 };
 use crate::client::{ADDRESS_FILE, TOKEN_FILE};
 use crate::fleet::{self, Fleet, FleetError, Grant};
@@ -25,13 +26,13 @@ use crate::ingest::broker::{self, BrokerOptions};
 use crate::ingest::endpoints::{Endpoints, Wanted};
 use crate::ingest::mqtt::{self, MqttLink, MqttOptions, TlsFiles};
 use crate::ingest::quic::{self, QuicListener};
-use crate::keys;
 use crate::pki::{self, Pki};
 use crate::service::catalog::Catalog;
 use crate::service::jobs::Jobs;
 use crate::service::queue::{Labelling, Ranking};
 use crate::service::registry::Registry;
 use crate::service::rollouts::Rollouts;
+use crate::service::roots::Roots;
 use crate::service::training::Stations;
 use crate::service::{Fault, now_ms};
 use crate::store::{Store, StoreError};
@@ -150,7 +151,8 @@ pub struct Cloud {
     pub rollouts: Rollouts,
     /// Training and evaluation.
     pub jobs: Jobs,
-    trust_bytes: Vec<u8>,
+    /// Which keys devices believe.
+    pub roots: Arc<Roots>,
     addresses: OnceLock<Addresses>,
     ingest: OnceLock<Arc<Ingest>>,
 }
@@ -161,25 +163,17 @@ impl Cloud {
     /// # Errors
     /// If keys are missing, the data folder is in use, or a record can't be read.
     pub fn open(config: &CloudConfig, pki: Arc<Pki>, store: Arc<Store>) -> Result<Arc<Self>> {
-        let (trust, trust_bytes) = keys::read_trust(&config.keys)?;
-        let rollout_key = keys::read(&config.keys.join(keys::ROLLOUT_KEY))?;
-        anyhow::ensure!(
-            rollout_key.verifying_key().to_bytes() == trust.rollout,
-            "{} in {} is not the key that {} names; keys of one folder belong together",
-            keys::ROLLOUT_KEY,
-            config.keys.display(),
-            keys::TRUST_FILE
-        );
-        let registry = Arc::new(Registry::new(store.clone(), trust));
+        let roots = Roots::open(store.clone(), &config.keys)?;
+        let registry = Arc::new(Registry::new(store.clone(), roots.clone()));
         Ok(Arc::new(Self {
             token: token(&config.data)?,
             fleet: Fleet::open(store.clone(), pki)?,
             catalog: Catalog::new(store.clone()),
             labelling: Labelling::open(store.clone(), config.ranking)?,
-            rollouts: Rollouts::open(store.clone(), registry.clone(), rollout_key)?,
+            rollouts: Rollouts::open(store.clone(), registry.clone(), roots.clone())?,
             jobs: Jobs::new(store.clone()),
             registry,
-            trust_bytes,
+            roots,
             addresses: OnceLock::new(),
             ingest: OnceLock::new(),
             store,
@@ -374,6 +368,23 @@ impl Cloud {
         Ok(self.store.get(SETTINGS, RUN_UNTIL)?.unwrap_or(0))
     }
 
+    /// Takes the next trust root and hands it to the devices that are connected; the others ask for
+    /// it when they are.
+    ///
+    /// # Errors
+    /// If it is not signed as it must be, or the store fails.
+    pub fn publish_root(&self, request: &RootRequest) -> Result<RootView, Fault> {
+        let bytes = hex::decode(&request.root_hex)
+            .map_err(|error| Fault::Invalid(format!("root_hex: {error}")))?;
+        let view = self.roots.publish(bytes.clone())?;
+        if let Some(ingest) = self.ingest.get() {
+            for device in self.fleet.records() {
+                ingest.push_root(&device.device, &bytes);
+            }
+        }
+        Ok(view)
+    }
+
     /// Makes an enrolment token.
     ///
     /// # Errors
@@ -409,7 +420,7 @@ impl Cloud {
             device: enrolled.device.to_string(),
             certificate_pem: enrolled.certificate_pem,
             ca_pem: enrolled.ca_pem,
-            trust_hex: hex::encode(&self.trust_bytes),
+            trust_hex: hex::encode(self.roots.bytes()),
             mqtt: info.mqtt,
             quic: info.quic,
             server_name: pki::SERVER_NAME.to_owned(),
@@ -586,6 +597,18 @@ impl crate::ingest::Steering for Cloud {
         report: &crate::ingest::OwnedSlotReport,
     ) -> Result<(), StoreError> {
         self.rollouts.record(device, report, now_ms())
+    }
+
+    fn attest(
+        &self,
+        device: &DeviceId,
+        attest: &flywheel_shared::message::Attest,
+        now_ms: u64,
+    ) -> Option<crate::ingest::Attested> {
+        let attested = self.roots.attest(device, attest, now_ms);
+        attested
+            .inspect_err(|fault| tracing::error!(%fault, %device, "keys and time can't be told"))
+            .ok()
     }
 
     fn may_fetch(&self, digest: &flywheel_shared::ids::Digest) -> bool {

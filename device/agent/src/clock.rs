@@ -25,6 +25,15 @@ pub fn unix_ms() -> u64 {
         .map_or(0, |elapsed| elapsed.as_millis() as u64)
 }
 
+/// One moment by two clocks, for what must tell time that can be set from time that has passed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Moment {
+    /// The wall clock, Unix milliseconds; `None` on a device that has none.
+    pub wall_ms: Option<u64>,
+    /// A clock that does not run backwards, in milliseconds, from the start of the agent.
+    pub mono_ms: u64,
+}
+
 /// The clocks of this machine.
 #[derive(Clone, Copy, Debug)]
 pub struct SystemClock {

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use ed25519_dalek::SigningKey;
 use flywheel_shared::ids::DeviceId;
-use flywheel_shared::trust::{Signed, TrustError, TrustRoot, verify_root};
+use flywheel_shared::trust::{SignedRoot, TrustError, TrustRoot};
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::CryptoProvider;
@@ -27,6 +27,8 @@ use crate::files;
 const PKCS8_ED25519: [u8; 16] = [
     0x30, 0x2e, 0x02, 0x01, 0x00, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x04, 0x22, 0x04, 0x20,
 ];
+
+const TRUST_FILE: &str = "trust.bin";
 
 /// The protocol that both sides name in the TLS handshake of QUIC.
 pub const ALPN: &[u8] = b"flywheel/1";
@@ -55,7 +57,7 @@ pub enum IdentityError {
         /// What is wrong.
         problem: String,
     },
-    /// The trust root is not signed by its own root key.
+    /// The trust root is not signed by its own root keys.
     #[error("{path}: the trust root is not believed: {source}; enrol the device again")]
     Untrusted {
         /// The file, or where it was offered.
@@ -84,16 +86,16 @@ pub struct Endpoints {
 pub struct TrustBytes(Vec<u8>);
 
 impl TrustBytes {
-    /// Checks the postcard bytes of a `Signed` trust root; `origin` is named in the error.
+    /// Checks the postcard bytes of a [`SignedRoot`]; `origin` is named in the error.
     pub fn verify(bytes: Vec<u8>, origin: &Path) -> Result<(Self, TrustRoot), IdentityError> {
         let refuse = |source| IdentityError::Untrusted {
             path: origin.to_owned(),
             source,
         };
-        let signed: Signed<'_> =
-            postcard::from_bytes(&bytes).map_err(|_| refuse(TrustError::Malformed))?;
-        let root = verify_root(signed).map_err(refuse)?;
-        let root = TrustRoot::clone(&root);
+        let root = SignedRoot::from_bytes(&bytes)
+            .and_then(TrustRoot::pin)
+            .map_err(refuse)?
+            .into_inner();
         Ok((Self(bytes), root))
     }
 }
@@ -125,6 +127,11 @@ impl std::fmt::Debug for Identity {
 /// The folder of the identity inside the data folder.
 pub fn folder(data: &Path) -> PathBuf {
     data.join("identity")
+}
+
+/// The file of the newest trust root that the device believes.
+pub fn trust_file(data: &Path) -> PathBuf {
+    folder(data).join(TRUST_FILE)
 }
 
 /// Whether a data folder holds a complete identity.
@@ -178,7 +185,7 @@ impl Identity {
             ("key.pem", new.key_pem.as_bytes()),
             ("cert.pem", new.certificate_pem.as_bytes()),
             ("ca.pem", new.authority_pem.as_bytes()),
-            ("trust.bin", &new.trust.0),
+            (TRUST_FILE, &new.trust.0),
             ("endpoints.toml", endpoints.as_bytes()),
         ] {
             let path = folder.join(name);
@@ -229,7 +236,7 @@ impl Identity {
         };
         let own = certificates("cert.pem")?;
         let authority = certificates("ca.pem")?.swap_remove(0);
-        let (path, bytes) = read("trust.bin")?;
+        let (path, bytes) = read(TRUST_FILE)?;
         let (_, trust) = TrustBytes::verify(bytes, &path)?;
         Ok(Self {
             device,
@@ -378,19 +385,21 @@ mod tests {
 
     #[test]
     fn a_trust_root_that_was_changed_is_not_believed() {
-        use flywheel_shared::trust::{Role, sign};
-        let key = SigningKey::from_bytes(&[3; 32]);
+        use flywheel_shared::trust::{Keys, Role, sign};
+        let [key, release, rollout] = [3, 4, 5].map(|n| SigningKey::from_bytes(&[n; 32]));
+        let public = |key: &SigningKey| key.verifying_key().to_bytes();
         let root = TrustRoot {
             version: 1,
-            root: key.verifying_key().to_bytes(),
-            release: [1; 32],
-            rollout: [2; 32],
+            root: Keys::one(public(&key)),
+            release: public(&release),
+            rollout: public(&rollout),
+            ..TrustRoot::default()
         };
         let body = crate::wire::bytes(&root);
         let signature = sign(Role::Root, &key, &body);
-        let mut bytes = crate::wire::bytes(&Signed {
+        let mut bytes = crate::wire::bytes(&SignedRoot {
             body: &body,
-            signature: &signature,
+            signatures: &[&public(&key)[..], &signature].concat(),
         });
         let origin = Path::new("trust.bin");
         assert_eq!(TrustBytes::verify(bytes.clone(), origin).unwrap().1, root);

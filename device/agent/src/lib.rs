@@ -15,6 +15,7 @@
 //! | [`link`] | the driver of uplink and slot |
 //! | [`transport`] | QUIC and MQTT |
 //! | [`state`] | what survives restarts |
+//! | [`trust`] | the keys and the time that the device believes |
 //! | [`clock`] | time as the frame loop sees it |
 //! | [`identity`], [`enroll`] | who the device is |
 //! | [`doctor`] | what is wrong with this device, and the mend |
@@ -47,4 +48,5 @@ pub mod source;
 pub mod spool;
 pub mod state;
 pub mod transport;
+pub mod trust;
 pub mod wire;

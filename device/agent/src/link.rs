@@ -12,18 +12,19 @@ use device_core::slot;
 use device_core::uplink::{Action, Event, Transport, Uplink, UplinkConfig};
 use flywheel_shared::envelope;
 use flywheel_shared::message::{Batch, Desired, Down, Hello, Refused, RefusedCode, Up};
-use flywheel_shared::trust::{Role, batch_digest, sign_digest};
+use flywheel_shared::trust::{Role, TrustError, batch_digest, sign_digest};
 use flywheel_shared::{MAX_MESSAGE, WIRE_VERSION};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 
-use crate::clock::unix_ms;
+use crate::clock::{Moment, unix_ms};
 use crate::config::Config;
 use crate::identity::Identity;
 use crate::shared::{Shared, lock};
 use crate::transport::{self, ConnectError, Connection};
+use crate::trust::UpdateError;
 use crate::wire;
 
 use health::Reporter;
@@ -110,6 +111,9 @@ impl Link {
     pub async fn run(mut self, mut stop: oneshot::Receiver<()>) {
         let boot = self.installer.step(&self.shared, slot::Event::Boot);
         self.perform_slot(boot).await;
+        let trusted = lock(&self.shared.models).trusted();
+        let trusted = self.installer.step(&self.shared, trusted);
+        self.perform_slot(trusted).await;
         self.drive(Event::Tick).await;
         loop {
             let woken = self.wait(&mut stop).await;
@@ -198,6 +202,7 @@ impl Link {
             if self.reporter.has_news(&self.shared) {
                 self.drive(Event::HealthDue).await;
             }
+            self.attest().await;
             if let Some(report) = self.reporter.report(&self.shared, Instant::now()) {
                 self.send(report).await;
             }
@@ -358,6 +363,9 @@ impl Link {
                 tracing::info!(transport = self.uplink.transport().name(), "welcome");
                 self.reporter.new_connection();
                 self.installer.new_connection();
+                // Before anything that the cloud answers with an offer.
+                lock(&self.shared.models).trust().new_connection();
+                self.attest().await;
                 self.drive(Event::Welcomed).await;
             }
             Down::Ack(ack) => {
@@ -367,7 +375,7 @@ impl Link {
             Down::Desired(desired) => self.desired(desired),
             Down::Refused(refused) => self.refused(refused).await,
             Down::Offer(offer) => {
-                let actions = self.installer.offer(&self.shared, &offer, unix_ms());
+                let actions = self.installer.offer(&self.shared, &offer, self.moment());
                 self.perform_slot(actions).await;
             }
             Down::Chunk(chunk) => {
@@ -382,6 +390,51 @@ impl Link {
                 let actions = self.installer.step(&self.shared, event);
                 self.perform_slot(actions).await;
             }
+            Down::Root(signed) => {
+                let updated = lock(&self.shared.models).update_root(signed);
+                match updated {
+                    Ok(()) => {
+                        let trusted = lock(&self.shared.models).trusted();
+                        let actions = self.installer.step(&self.shared, trusted);
+                        self.perform_slot(actions).await;
+                    }
+                    Err(UpdateError::Refused(TrustError::OldRoot)) => {}
+                    Err(error) => {
+                        tracing::warn!(%error, "a trust root is not taken");
+                        // One between may have been lost.
+                        let now = self.moment();
+                        lock(&self.shared.models).trust().want(now.mono_ms);
+                    }
+                }
+            }
+            Down::Time(signed) => {
+                let now = self.moment();
+                let device = &self.identity.device;
+                let answered = lock(&self.shared.models)
+                    .trust()
+                    .answer(device, signed, now);
+                if let Err(error) = answered {
+                    tracing::warn!(%error, "a time stamp is not taken");
+                }
+            }
+        }
+    }
+
+    /// The time by both clocks.
+    fn moment(&self) -> Moment {
+        Moment {
+            // One that stands before 1970 was never set.
+            wall_ms: Some(unix_ms()).filter(|ms| *ms > 0),
+            mono_ms: self.started.elapsed().as_millis() as u64,
+        }
+    }
+
+    /// Asks for newer trust roots and the time, if the device wants them.
+    async fn attest(&mut self) {
+        let now = self.moment();
+        let question = lock(&self.shared.models).trust().question(now.mono_ms);
+        if let Some(attest) = question {
+            self.send(wire::envelope(&Up::Attest(attest))).await;
         }
     }
 

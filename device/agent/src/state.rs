@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use device_core::slot::SlotRecord;
+use flywheel_shared::trust::Floor;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -77,7 +78,7 @@ pub struct Progress {
 
 const EPOCH: &str = "boot epoch";
 const SLOT: &str = "slot record";
-const FLOOR: &str = "model floor";
+const TIME: &str = "time floor";
 const MARK: &str = "source mark";
 // Where agents before 0.2 kept the position.
 const OLD_SOURCE: &str = "source";
@@ -230,14 +231,14 @@ impl State {
         self.flush()
     }
 
-    /// Sequence below or at which no model is taken, whatever the slot record says.
-    pub fn floor(&self) -> Result<u64, StateError> {
-        Ok(self.get(FLOOR)?.unwrap_or(0))
+    /// The latest time that the cloud has signed.
+    pub fn time_floor(&self) -> Result<Floor, StateError> {
+        Ok(self.get(TIME)?.unwrap_or_default())
     }
 
-    /// Raises the floor; durable on return.
-    pub fn raise_floor(&self, floor: u64) -> Result<(), StateError> {
-        self.put(FLOOR, &self.floor()?.max(floor))?;
+    /// Stores it; durable on return.
+    pub fn save_time_floor(&self, floor: Floor) -> Result<(), StateError> {
+        self.put(TIME, &floor)?;
         self.flush()
     }
 

@@ -213,6 +213,7 @@ fn release(sequence: u64) -> Release {
                 digest: Digest::of(bytes),
             })
             .collect(),
+        deltas: heapless::Vec::new(),
     });
     Release {
         signature: sign(Role::Release, &release_key(), &manifest),

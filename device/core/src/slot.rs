@@ -14,7 +14,7 @@
 
 use flywheel_shared::ids::Digest;
 use flywheel_shared::message::SlotState;
-use flywheel_shared::trust::{TrialBounds, TrustError};
+use flywheel_shared::trust::{KeyId, TrialBounds, TrustError};
 use heapless::Vec;
 
 use crate::quantile::P2;
@@ -41,6 +41,13 @@ pub enum Event {
         model: Held,
         /// What it must hold to.
         bounds: TrialBounds,
+        /// Release key that signed it; of no account if it is the live model.
+        key: KeyId,
+    },
+    /// Only this release key is believed: after a newer trust root, and after every start.
+    Trusted {
+        /// The key.
+        key: KeyId,
     },
     /// An offer that was not believed.
     Refused {
@@ -222,7 +229,12 @@ impl Slot {
         match event {
             Event::Boot => self.boot(&mut out),
             Event::Stop => self.stop(&mut out),
-            Event::Offer { model, bounds } => self.offer(model, bounds, &mut out),
+            Event::Offer { model, bounds, key } => self.offer(model, bounds, key, &mut out),
+            Event::Trusted { key } => {
+                if let Some(candidate) = self.record.candidate.filter(|c| c.key != key) {
+                    self.give_up(candidate, TrustError::Revoked.code(), &mut out);
+                }
+            }
             Event::Refused { model, code } => {
                 self.answer(model, SlotState::Refused, code, &mut out);
             }
@@ -303,7 +315,7 @@ impl Slot {
         }
     }
 
-    fn offer(&mut self, model: Held, bounds: TrialBounds, out: &mut Actions) {
+    fn offer(&mut self, model: Held, bounds: TrialBounds, key: KeyId, out: &mut Actions) {
         if self.record.live.map(|live| live.digest) == Some(model.digest) {
             if self.record.outcome.map(|told| told.model.digest) == Some(model.digest) {
                 self.tell(out);
@@ -312,7 +324,7 @@ impl Slot {
             }
             return;
         }
-        if model.sequence <= self.record.floor() {
+        if model.sequence <= self.record.floor.under(key, 0) {
             let code = TrustError::Rollback.code();
             self.answer(model, SlotState::Refused, code, out);
             return;
@@ -341,6 +353,7 @@ impl Slot {
             model,
             state: SlotState::Fetching,
             bounds,
+            key,
             starts: 0,
         });
         push(out, Action::Persist(self.record));
@@ -371,6 +384,8 @@ impl Slot {
             return;
         }
         self.record.live = Some(candidate.model);
+        let sequence = candidate.model.sequence;
+        self.record.floor.raise(candidate.key, sequence);
         self.record.candidate = None;
         self.conclude(candidate.model, SlotState::Confirmed, 0);
         push(out, Action::Persist(self.record));

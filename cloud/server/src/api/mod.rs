@@ -5,6 +5,7 @@
 //! API describes itself at `/openapi.json`.
 
 mod fleet;
+mod keys;
 mod models;
 mod queue;
 mod rollouts;
@@ -61,6 +62,7 @@ pub fn router(cloud: Arc<Cloud>) -> Router {
         .merge(queue::routes())
         .merge(models::routes())
         .merge(rollouts::routes())
+        .merge(keys::routes())
         .route_layer(middleware::from_fn_with_state(
             Arc::clone(&cloud),
             authorise,

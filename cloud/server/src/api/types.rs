@@ -434,6 +434,37 @@ pub struct ManifestView {
     pub return_hex: Option<String>,
 }
 
+/// A version of the trust root: which keys devices believe.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct RootView {
+    /// Rises by one with each.
+    pub version: u32,
+    /// When it was made, Unix milliseconds.
+    pub issued_ms: u64,
+    /// After this devices take no model under it, Unix milliseconds.
+    pub expires_ms: u64,
+    /// So many of the root keys sign the next version.
+    pub threshold: u8,
+    /// Public root keys, hexadecimal.
+    pub root: Vec<String>,
+    /// Public release key, hexadecimal.
+    pub release: String,
+    /// Public rollout key, hexadecimal.
+    pub rollout: String,
+    /// Models up to this release number are not taken.
+    pub min_sequence: u64,
+    /// All of it as signed, hexadecimal.
+    pub root_hex: String,
+}
+
+/// The next version of the trust root.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RootRequest {
+    /// As in [`RootView`].
+    pub root_hex: String,
+}
+
 /// Promotes a model: it becomes the champion, and may be rolled out.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

@@ -1,16 +1,18 @@
 //! The command line: raw flags in, one typed call out.
 //!
-//! Every command but `serve`, `demo`, `key` and `agent` is a client of a running server's HTTP
+//! Every command but `serve`, `demo`, `agent`, `model sign` and most of `key` is a client of a running server's HTTP
 //! API. Tables are for people; `--json` prints the API's own documents for programs.
 
 pub mod data;
 pub mod fleet;
 pub mod format;
 mod import;
+mod key;
 pub mod model;
 mod queue;
 pub mod rollout;
 mod serve;
+mod sign;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -119,14 +121,8 @@ enum Command {
     Eval(RemoteOnce<model::EvalArgs>),
     /// List, show and promote models.
     Model(Remote<model::ModelCommand>),
-    /// Make and list signing keys.
-    Key {
-        /// Print JSON for programs.
-        #[arg(long, global = true)]
-        json: bool,
-        #[command(subcommand)]
-        command: model::KeyCommand,
-    },
+    /// Make, replace and publish signing keys.
+    Key(Remote<key::KeyCommand>),
     /// Roll a model out and watch it.
     Rollout(Remote<rollout::RolloutCommand>),
     /// Enrol, list, tag and revoke devices.
@@ -175,7 +171,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Train(at) => model::train(&at.args, &at.connection),
         Command::Eval(at) => model::eval(&at.args, &at.connection),
         Command::Model(at) => model::run(at.command, &at.connection),
-        Command::Key { json, command } => model::key(&command, json),
+        Command::Key(at) => key::run(&at.command, &at.connection),
         Command::Rollout(at) => rollout::run(at.command, &at.connection),
         Command::Device(at) => fleet::device(at.command, &at.connection),
         Command::Audit(connection) => fleet::audit(&connection),

@@ -1,4 +1,4 @@
-//! `flywheel train`, `eval`, `model` and `key`: from a dataset to a signed champion.
+//! `flywheel train`, `eval` and `model`: from a dataset to a signed champion.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -6,13 +6,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
-use flywheel_shared::trust::{Role, sign};
+use flywheel_shared::trust::{PublicKey, Role, sign};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::format::{self, percent, short};
+use super::sign::SignArgs;
 use super::{Connection, EXIT_NEGATIVE, print_json, print_line};
 use crate::api::types::{
-    EvalRequest, JobView, ManifestView, ModelView, PromoteRequest, TrainRequest,
+    EvalRequest, JobView, ManifestView, ModelView, PromoteRequest, RootView, TrainRequest,
 };
 use crate::client::Client;
 use crate::keys;
@@ -60,6 +61,37 @@ pub enum ModelCommand {
         /// Its id or the beginning of it.
         id: String,
     },
+    /// Write a model's manifest to a file, to be signed on another machine.
+    #[command(after_help = "Example: flywheel model export 9c41d0 --out manifest.bin")]
+    Export {
+        /// Its id or the beginning of it.
+        id: String,
+        /// File for the manifest.
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+    },
+    /// Sign an exported manifest with the release key; needs no server.
+    #[command(
+        after_help = "Example: flywheel model sign manifest.bin --key release.key --out manifest.sig\n\nThe key may come on standard input: pass show release | flywheel model sign manifest.bin --key - --out manifest.sig"
+    )]
+    Sign(SignArgs),
+    /// Hand in a manifest that was signed elsewhere and make its model the champion.
+    #[command(
+        after_help = "Example: flywheel model publish 9c41d0 --manifest manifest.bin --signature manifest.sig"
+    )]
+    Publish {
+        /// Its id or the beginning of it.
+        id: String,
+        /// The manifest that was signed.
+        #[arg(long, value_name = "FILE")]
+        manifest: PathBuf,
+        /// What `flywheel model sign` wrote.
+        #[arg(long, value_name = "FILE")]
+        signature: PathBuf,
+        /// Promote although the gate did not pass, with the reason.
+        #[arg(long, value_name = "REASON")]
+        force: Option<String>,
+    },
     /// Sign a model with the release key and make it the champion.
     #[command(after_help = "Example: flywheel model promote 9c41d0 --keys keys/")]
     Promote {
@@ -71,25 +103,6 @@ pub enum ModelCommand {
         /// Promote although the gate did not pass, with the reason.
         #[arg(long, value_name = "REASON")]
         force: Option<String>,
-    },
-}
-
-/// Parts of `flywheel key`.
-#[derive(Subcommand)]
-pub enum KeyCommand {
-    /// Make root, release and rollout keys.
-    #[command(after_help = "Example: flywheel key init --dir keys/")]
-    Init {
-        /// Folder for the keys.
-        #[arg(long, value_name = "DIR")]
-        dir: PathBuf,
-    },
-    /// List the keys of a folder.
-    #[command(after_help = "Example: flywheel key ls --dir keys/")]
-    Ls {
-        /// Folder with the keys.
-        #[arg(long, value_name = "DIR")]
-        dir: PathBuf,
     },
 }
 
@@ -192,10 +205,27 @@ pub fn run(command: ModelCommand, connection: &Connection) -> Result<ExitCode> {
     if let ModelCommand::Import(args) = &command {
         return super::import::run(args, connection.json);
     }
+    if let ModelCommand::Sign(args) = &command {
+        return super::sign::run(args, connection.json);
+    }
     let client = connection.client()?;
     match command {
-        // Needs no client, so it is gone by now.
-        ModelCommand::Import(_) => {}
+        // Need no client, so they are gone by now.
+        ModelCommand::Import(_) | ModelCommand::Sign(_) => {}
+        ModelCommand::Export { id, out } => {
+            let manifest: ManifestView = client.get(&format!("/v1/models/{id}/manifest"))?;
+            super::sign::export(&manifest, &out, connection.json)?;
+        }
+        ModelCommand::Publish {
+            id,
+            manifest,
+            signature,
+            force,
+        } => {
+            let request = super::sign::request(&manifest, &signature, force)?;
+            let model: ModelView = client.post(&format!("/v1/models/{id}/promote"), &request)?;
+            show(connection, &model)?;
+        }
         ModelCommand::Ls => {
             let models: Vec<ModelView> = client.get("/v1/models")?;
             if connection.json {
@@ -254,7 +284,14 @@ pub fn promote(
     keys: &std::path::Path,
     force: Option<String>,
 ) -> Result<ModelView> {
-    let key = keys::read(&keys.join(keys::RELEASE_KEY))?;
+    // The server knows which one devices believe now; a wrong answer only makes it refuse.
+    let roots: Vec<RootView> = client.get("/v1/roots")?;
+    let newest = roots.last().context("the server has no trust root")?;
+    let public: PublicKey = hex::decode(&newest.release)
+        .ok()
+        .and_then(|bytes| bytes.try_into().ok())
+        .context("the server's release key is not hex")?;
+    let key = keys::find(keys, "release", &public)?;
     let manifest: ManifestView = client.get(&format!("/v1/models/{id}/manifest"))?;
     let body = hex::decode(&manifest.manifest_hex).context("the server's manifest is not hex")?;
     let signature = sign(Role::Release, &key, &body);
@@ -327,69 +364,6 @@ fn show(connection: &Connection, model: &ModelView) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Makes or lists keys.
-///
-/// # Errors
-/// If files can't be read or written.
-pub fn key(command: &KeyCommand, json: bool) -> Result<ExitCode> {
-    match command {
-        KeyCommand::Init { dir } => {
-            let trust = keys::init(dir)?;
-            if json {
-                print_json(&serde_json::json!({
-                    "dir": dir,
-                    "version": trust.version,
-                    "root": hex::encode(trust.root),
-                    "release": hex::encode(trust.release),
-                    "rollout": hex::encode(trust.rollout),
-                }))?;
-            } else {
-                print_line(format!(
-                    "Keys are in {}. Keep root.key and release.key off the server; only rollout.key and trust.bin belong there.",
-                    dir.display()
-                ))?;
-            }
-        }
-        KeyCommand::Ls { dir } => {
-            let (trust, _) = keys::read_trust(dir)?;
-            let present = keys::list(dir);
-            let public = |role: &str| match role {
-                "root" => hex::encode(trust.root),
-                "release" => hex::encode(trust.release),
-                _ => hex::encode(trust.rollout),
-            };
-            if json {
-                let rows: Vec<_> = ["root", "release", "rollout"]
-                    .iter()
-                    .map(|role| {
-                        serde_json::json!({
-                            "role": role,
-                            "public": public(role),
-                            "secret_here": present.iter().any(|(name, _)| name == role),
-                        })
-                    })
-                    .collect();
-                return print_json(&rows).map(|()| ExitCode::SUCCESS);
-            }
-            let mut table = format::table(&["role", "public key", "secret here"]);
-            for role in ["root", "release", "rollout"] {
-                table.add_row([
-                    role.to_owned(),
-                    public(role),
-                    if present.iter().any(|(name, _)| *name == role) {
-                        "yes"
-                    } else {
-                        "no"
-                    }
-                    .to_owned(),
-                ]);
-            }
-            print_line(table)?;
-        }
-    }
-    Ok(ExitCode::SUCCESS)
 }
 
 #[cfg(test)]

@@ -397,6 +397,5 @@ fn show_plan(connection: &Connection, plan: &PlanView) -> Result<()> {
 
 /// Where the keys are that a log is checked with.
 fn trusted_key(keys: &PathBuf) -> Result<String> {
-    let (trust, _) = crate::keys::read_trust(keys)?;
-    Ok(hex::encode(trust.rollout))
+    Ok(hex::encode(crate::keys::read_trust(keys)?.root.rollout))
 }

@@ -244,7 +244,15 @@ impl Demo {
         let logs = dir.join("logs");
         std::fs::create_dir_all(&logs)
             .with_context(|| format!("cannot create {}", logs.display()))?;
-        keys::init(&keys_dir)?;
+        keys::init(
+            &keys_dir,
+            &keys::Plan {
+                now_ms: crate::service::now_ms(),
+                days: 1,
+                roots: None,
+                min_sequence: None,
+            },
+        )?;
         let server = Process::start(Spec {
             name: "server".to_owned(),
             args: [

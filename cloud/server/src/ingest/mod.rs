@@ -27,19 +27,21 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use cloud_core::ranges::RangeSet;
 use flywheel_shared::ids::{DeviceId, Digest};
 use flywheel_shared::message::{
-    Ack, Chunk, Desired, Down, Fetch, Health, Hello, MAX_RANGES, Ranges, Refused, RefusedCode,
-    SlotReport, SlotSeen, Up, Welcome,
+    Ack, Attest, Chunk, Desired, Down, Fetch, Health, Hello, MAX_RANGES, Ranges, Refused,
+    RefusedCode, SlotReport, SlotSeen, Up, Welcome,
 };
 use flywheel_shared::trust::{self, Role};
 use flywheel_shared::{MAX_CHUNK, MAX_MESSAGE, WIRE_VERSION, envelope, message};
 use tokio::sync::oneshot;
 use tokio::task::spawn_blocking;
 
-pub use wire::{OfferBytes, OwnedBook, OwnedHealth, OwnedSlotReport, Transport, digest_text};
+pub use wire::{
+    Attested, OfferBytes, OwnedBook, OwnedHealth, OwnedSlotReport, Transport, digest_text,
+};
 
 use crate::fleet::{Fleet, FleetError};
 use crate::store::{Commit, Store, StoreError, Traffic};
-use wire::envelope_of;
+use wire::{envelope_of, root_envelope};
 
 /// Gives Unix milliseconds.
 pub type Clock = Arc<dyn Fn() -> u64 + Send + Sync>;
@@ -55,6 +57,10 @@ pub trait Steering: Send + Sync {
     /// A device says what became of a model. It is stored already, and comes again until the
     /// device has heard that this returned `Ok`, so it must not matter how often it comes.
     fn slot(&self, device: &DeviceId, report: &OwnedSlotReport) -> Result<(), StoreError>;
+
+    /// What a device asked for: trust roots above its own, and the time. `None` if they can't be
+    /// had now; the device asks again.
+    fn attest(&self, device: &DeviceId, attest: &Attest, now_ms: u64) -> Option<Attested>;
 
     /// Whether a blob is a part of a published model, which any device may fetch.
     fn may_fetch(&self, blob: &Digest) -> bool;
@@ -180,6 +186,7 @@ impl Ingest {
             Up::Health(health) => self.health(device, &health).await,
             Up::Slot(report) => self.slot(device, &report).await,
             Up::Fetch(fetch) => self.fetch(fetch).await,
+            Up::Attest(attest) => self.attest(device, attest).await,
         }
     }
 
@@ -266,6 +273,18 @@ impl Ingest {
         .await
     }
 
+    async fn attest(self: &Arc<Self>, device: &DeviceId, attest: Attest) -> Answers {
+        let (this, device) = (self.clone(), device.clone());
+        blocking(move || {
+            let now_ms = (this.clock)();
+            let attested = this.steering.attest(&device, &attest, now_ms);
+            attested
+                .map(|attested| attested.envelopes())
+                .ok_or(RefusedCode::Storage)
+        })
+        .await
+    }
+
     async fn fetch(self: &Arc<Self>, fetch: Fetch) -> Answers {
         let this = self.clone();
         blocking(move || {
@@ -300,12 +319,13 @@ impl Ingest {
     /// Sends a message to a device at once. False if it is not connected or can't keep up; the
     /// state is then repeated in the answer to its next health message.
     pub fn push(&self, device: &DeviceId, message: &Down<'_>) -> bool {
-        let outlet = self
-            .links()
-            .devices
-            .get(device)
-            .map(|link| link.outlet.clone());
-        outlet.is_some_and(|outlet| outlet.send(device, envelope_of(message)))
+        self.outlet(device)
+            .is_some_and(|outlet| outlet.send(device, envelope_of(message)))
+    }
+
+    fn outlet(&self, device: &DeviceId) -> Option<Arc<dyn Outlet>> {
+        let links = self.links();
+        links.devices.get(device).map(|link| link.outlet.clone())
     }
 
     /// Tells a device at once until where it runs; see [`Ingest::push`].
@@ -316,6 +336,16 @@ impl Ingest {
             health_at_ms: health.map_or(0, |stored| stored.health.at_ms),
         };
         self.push(device, &Down::Desired(desired))
+    }
+
+    /// Gives a device a newer trust root at once; see [`Ingest::push`]. One that does not hear it
+    /// asks on its next connection.
+    pub fn push_root(&self, device: &DeviceId, root: &[u8]) -> bool {
+        let outlet = self.outlet(device);
+        let envelope = root_envelope(root);
+        outlet
+            .zip(envelope)
+            .is_some_and(|(outlet, envelope)| outlet.send(device, envelope))
     }
 
     /// Offers a model to a device at once; see [`Ingest::push`].

@@ -5,7 +5,7 @@ use cloud_core::ranges::RangeSet;
 use flywheel_shared::envelope;
 use flywheel_shared::ids::Digest;
 use flywheel_shared::message::{Down, Health, OfferMessage, SlotReport, SlotState};
-use flywheel_shared::trust::Signed;
+use flywheel_shared::trust::{Signed, SignedRoot};
 use serde::{Deserialize, Serialize};
 
 /// How a device talks to the cloud.
@@ -172,6 +172,35 @@ impl OfferBytes {
             },
         })
     }
+}
+
+/// The answers to [`flywheel_shared::message::Attest`], as bytes to send.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attested {
+    /// Trust roots as they are stored, oldest first.
+    pub roots: Vec<Vec<u8>>,
+    /// Body of the time stamp, postcard.
+    pub time: Vec<u8>,
+    /// By the rollout key.
+    pub time_signature: [u8; 64],
+}
+
+impl Attested {
+    /// The envelopes, roots first: the time is checked with the newest of them.
+    pub(super) fn envelopes(&self) -> Vec<Vec<u8>> {
+        let roots = self.roots.iter().filter_map(|bytes| root_envelope(bytes));
+        let time = envelope_of(&Down::Time(Signed {
+            body: &self.time,
+            signature: &self.time_signature,
+        }));
+        roots.chain([time]).collect()
+    }
+}
+
+/// A stored trust root as a message; `None` if it is damaged.
+pub(super) fn root_envelope(bytes: &[u8]) -> Option<Vec<u8>> {
+    let signed = SignedRoot::from_bytes(bytes).ok()?;
+    Some(envelope_of(&Down::Root(signed)))
 }
 
 /// A message in its envelope.

@@ -8,6 +8,7 @@ pub mod jobs;
 pub mod queue;
 pub mod registry;
 pub mod rollouts;
+pub mod roots;
 pub mod training;
 
 use std::time::{SystemTime, UNIX_EPOCH};

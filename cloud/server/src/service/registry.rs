@@ -9,10 +9,11 @@ use flywheel_shared::ids::Digest;
 use flywheel_shared::spec::{ClassOutput, InputSpec, ModelSpec, Task};
 use flywheel_shared::trust::{
     ANY_HARDWARE, MAX_BODY, Manifest, Part, PartKind, RUNTIME_ABI, Role, Signed, TrialBounds,
-    TrustRoot, verify,
+    check, verify,
 };
 use serde::{Deserialize, Serialize};
 
+use super::roots::Roots;
 use super::{Fault, by_prefix, now_ms};
 use crate::api::types::{GateView, ManifestView, ModelView, PromoteRequest, ReportView};
 use crate::store::{Batch, Store, StoreError};
@@ -146,17 +147,17 @@ impl ModelRecord {
 /// The registry.
 pub struct Registry {
     store: Arc<Store>,
-    trust: TrustRoot,
+    roots: Arc<Roots>,
     /// Serialises whatever reads a record or the greatest release number and writes the next.
     promoting: std::sync::Mutex<()>,
 }
 
 impl Registry {
-    /// The registry in a store; `trust` names the release key.
-    pub fn new(store: Arc<Store>, trust: TrustRoot) -> Self {
+    /// The registry in a store; `roots` name the release key.
+    pub fn new(store: Arc<Store>, roots: Arc<Roots>) -> Self {
         Self {
             store,
-            trust,
+            roots,
             promoting: std::sync::Mutex::new(()),
         }
     }
@@ -298,13 +299,22 @@ impl Registry {
         }))
     }
 
+    /// The release of a model, if devices believe the key that signed it. Under a newer release key
+    /// a model is released again, with a number of its own.
+    pub fn standing<'m>(&self, model: &'m ModelRecord) -> Option<&'m Release> {
+        let key = self.roots.root().release;
+        model.release.as_ref().filter(|release| {
+            check(Role::Release, &key, &release.digest, &release.signature).is_ok()
+        })
+    }
+
     /// The bytes that the release key must sign: the model's manifest, and that of the present
     /// champion under the number after it.
     ///
     /// # Errors
     /// If the model does not fit a manifest.
     pub fn manifest(&self, model: &ModelRecord) -> Result<ManifestView, Fault> {
-        if let Some(release) = &model.release {
+        if let Some(release) = self.standing(model) {
             return Ok(ManifestView {
                 manifest_hex: hex::encode(&release.body),
                 sequence: release.sequence,
@@ -381,7 +391,7 @@ impl Registry {
             &request.signature_hex,
             &model,
         )?;
-        match &model.release {
+        match self.standing(&model) {
             // Promoting an older release again makes it the champion; its number stands.
             Some(release) if release.body == signed.body => {}
             Some(_) => {
@@ -455,7 +465,7 @@ impl Registry {
             .map_err(|error| Fault::Invalid(format!("{field}, its signature: {error}")))?;
         let manifest = verify::<Manifest<'_>>(
             Role::Release,
-            &self.trust.release,
+            &self.roots.root().release,
             Signed {
                 body: &body,
                 signature: &signature,
@@ -466,6 +476,9 @@ impl Registry {
                 "the manifest is not signed by the release key that devices believe: {error}"
             ))
         })?;
+        manifest
+            .legal()
+            .map_err(|error| Fault::Invalid(format!("{field}: {error}")))?;
         let sorted = |digests: &mut Vec<Digest>| digests.sort_unstable();
         let mut named: Vec<Digest> = manifest.parts.iter().map(|part| part.digest).collect();
         let mut own: Vec<Digest> = model.parts.iter().map(|part| part.digest).collect();
@@ -517,9 +530,10 @@ impl Registry {
                 let back = release.back.as_ref();
                 back.map_or(release.sequence, |back| back.manifest.sequence)
             })
+            .chain([self.roots.root().min_sequence])
             .max()
             .unwrap_or(0)
-            + 1)
+            .saturating_add(1))
     }
 }
 
@@ -537,6 +551,7 @@ fn body(model: &ModelRecord, sequence: u64, trial: TrialBounds) -> Result<Vec<u8
         expires_ms: now + RELEASE_LIFE_MS,
         trial,
         parts,
+        deltas: heapless::Vec::new(),
     };
     let mut buffer = [0u8; MAX_BODY];
     let body = postcard::to_slice(&manifest, &mut buffer)

@@ -9,6 +9,7 @@ use flywheel_shared::message::{Chunk, Fetch, OfferMessage};
 use flywheel_shared::trust::TrustError;
 use tokio::task::JoinHandle;
 
+use crate::clock::Moment;
 use crate::models::{Fetching, LoadError, Loader, PackageError, Runner};
 use crate::shared::{Shared, lock};
 
@@ -101,9 +102,9 @@ impl Installer {
         &mut self,
         shared: &Shared,
         offer: &OfferMessage<'_>,
-        now_ms: u64,
+        now: Moment,
     ) -> Vec<Action> {
-        let result = lock(&shared.models).offer(offer, now_ms);
+        let result = lock(&shared.models).offer(offer, now);
         result.unwrap_or_else(|error| {
             // The cloud repeats the offer.
             tracing::error!(%error, "the slot record cannot be stored; the offer is not taken");

@@ -15,14 +15,18 @@ use std::sync::Arc;
 use device_core::slot::{Action, Event, Held, Report, Slot, SlotError, SlotRecord};
 use flywheel_shared::ids::{DeviceId, Digest};
 use flywheel_shared::message::{OfferMessage, SlotState};
-use flywheel_shared::trust::{Judge, TrialBounds, TrustRoot};
+use flywheel_shared::trust::{
+    Accepted, Judge, KeyId, SignedRoot, TrialBounds, TrustError, TrustRoot,
+};
 use thiserror::Error;
 
 pub use choice::{EngineChoice, Trial, UnknownChoice, fastest};
 pub use package::{Fetching, Package, PackageError, Packages};
 pub use runner::{Runner, RunnerError};
 
+use crate::clock::Moment;
 use crate::state::{State, StateError};
+use crate::trust::{Trust, UpdateError};
 
 /// Why the models cannot be opened.
 #[derive(Debug, Error)]
@@ -88,12 +92,12 @@ impl Loader {
 
     /// Reads a package, checks every byte of it, and loads it with the engine.
     pub fn load(&self, digest: &Digest) -> Result<(Runner, Package), LoadError> {
-        let package = self.packages.read(&self.trust, digest)?;
+        let package = self.packages.read(digest)?;
         let runner = self.engine.load(&package)?;
         Ok((runner, package))
     }
 
-    /// Reads a package in any folder, checks it as all others, and proves it.
+    /// Reads a package in any folder, checks its signature besides, and proves it.
     pub fn prove_at(&self, folder: &Path) -> Result<Runner, LoadError> {
         let digest = folder
             .file_name()
@@ -103,6 +107,7 @@ impl Loader {
             packages: Packages::borrow(folder.parent().unwrap_or(Path::new(""))),
             ..self.clone()
         };
+        there.packages.signed(&self.trust, &digest)?;
         there.prove(&digest)
     }
 
@@ -115,7 +120,7 @@ impl Loader {
 
     /// Goes on with the fetching of an admitted package.
     pub fn fetch(&self, digest: &Digest) -> Result<Fetching, PackageError> {
-        self.packages.fetch(&self.trust, digest)
+        self.packages.fetch(digest)
     }
 }
 
@@ -135,9 +140,8 @@ pub struct Models {
     slot: Slot,
     state: Arc<State>,
     device: Device,
+    trust: Trust,
     loader: Loader,
-    /// No model at or below this sequence is taken, besides what the slot says.
-    floor: u64,
 }
 
 impl Models {
@@ -163,7 +167,8 @@ impl Models {
                 Ok((loaded, _)) => runner = Some(loaded),
                 Err(error) => {
                     tracing::error!(%error, model = %live.digest, "the live model does not load; running without a model until one is offered");
-                    state.raise_floor(live.sequence.saturating_sub(1))?;
+                    // Under the key that set it: the same release may come again, no older one.
+                    record.floor.at = record.floor.at.min(live.sequence.saturating_sub(1));
                     record.live = None;
                     state.save_slot(&record)?;
                     if matches!(error, LoadError::Package(_)) {
@@ -172,13 +177,13 @@ impl Models {
                 }
             }
         }
-        let floor = state.floor()?;
+        let trust = Trust::open(data, device.trust.clone(), &state)?;
         let models = Self {
             slot: Slot::new(record),
             state,
             device,
+            trust,
             loader,
-            floor,
         };
         Ok((models, runner))
     }
@@ -195,7 +200,9 @@ impl Models {
 
     /// Sequence that an offer must exceed.
     pub fn floor(&self) -> u64 {
-        self.slot.record().floor().max(self.floor)
+        let trust = self.trust.root();
+        let floor = self.slot.record().floor;
+        floor.under(trust.release_id(), trust.min_sequence)
     }
 
     /// What the cloud has not confirmed to know.
@@ -238,14 +245,36 @@ impl Models {
         Ok(left)
     }
 
-    /// Judges an offer and takes it to the slot.
+    /// What the device believes, to ask and to be answered.
+    pub fn trust(&mut self) -> &mut Trust {
+        &mut self.trust
+    }
+
+    /// Takes a newer trust root, durably. A candidate that only the old keys vouched for is given
+    /// up; the live model stays.
+    ///
+    /// # Errors
+    /// [`UpdateError`]; the root in hand holds then.
+    pub fn update_root(&mut self, signed: SignedRoot<'_>) -> Result<(), UpdateError> {
+        self.trust.update(signed)
+    }
+
+    /// What the slot is told at every start and after every newer root.
+    pub fn trusted(&self) -> Event {
+        Event::Trusted {
+            key: self.trust.root().release_id(),
+        }
+    }
+
+    /// Judges an offer and takes it to the slot. If time or keys are in its way, the device asks the
+    /// cloud for them first, and says no only to the next one.
     ///
     /// # Errors
     /// As [`Models::step`].
     pub fn offer(
         &mut self,
         message: &OfferMessage<'_>,
-        now_ms: u64,
+        now: Moment,
     ) -> Result<Vec<Action>, StateError> {
         let digest = Digest::of(message.manifest.body);
         let record = self.slot.record();
@@ -261,31 +290,50 @@ impl Models {
                 max_latency_us: 0,
                 min_confidence: 0.0,
             };
-            return self.step(Event::Offer { model, bounds });
+            return self.step(Event::Offer {
+                model,
+                bounds,
+                key: KeyId::default(),
+            });
         }
         let judge = Judge {
-            trust: &self.device.trust,
+            trust: self.trust.root(),
             device: &self.device.id,
             hardware: &self.device.hardware,
             floor: self.floor(),
-            now_ms,
+            now_ms: self.trust.now(now),
         };
         let refused = |sequence, code| Event::Refused {
             model: Held { digest, sequence },
             code,
         };
         let event = match judge.offer(message.offer, message.manifest) {
+            Err(error)
+                if (error.is_curable() || error == TrustError::BadSignature)
+                    && self.trust.want(now.mono_ms) =>
+            {
+                tracing::info!(%error, model = %digest, "asking for newer keys and the time first");
+                return Ok(Vec::new());
+            }
             Err(error) => {
                 tracing::warn!(%error, model = %digest, "an offered model is refused");
                 refused(0, error.code())
             }
-            Ok(manifest) => match self.loader.packages.admit(message.manifest) {
+            Ok(Accepted {
+                manifest,
+                issued_ms,
+            }) => match self
+                .trust
+                .heard(issued_ms)
+                .map(|()| self.loader.packages.admit(message.manifest))?
+            {
                 Ok(_) => Event::Offer {
                     model: Held {
                         digest,
                         sequence: manifest.sequence,
                     },
                     bounds: manifest.trial,
+                    key: self.trust.root().release_id(),
                 },
                 Err(error) => {
                     tracing::error!(%error, model = %digest, "an offered model cannot be stored");

@@ -11,7 +11,8 @@ use flywheel_shared::MAX_CHUNK;
 use flywheel_shared::ids::Digest;
 use flywheel_shared::message::{Chunk, Fetch};
 use flywheel_shared::trust::{
-    Manifest, Part, PartKind, Role, Signed, TrialBounds, TrustError, TrustRoot, check_part, verify,
+    Manifest, Part, PartKind, Role, Signed, TrialBounds, TrustError, TrustRoot, Verified,
+    check_part, verify,
 };
 use thiserror::Error;
 
@@ -155,11 +156,11 @@ impl Packages {
     }
 
     /// Continues to fetch an admitted package from where it stopped.
-    pub fn fetch(&self, trust: &TrustRoot, manifest: &Digest) -> Result<Fetching, PackageError> {
+    pub fn fetch(&self, manifest: &Digest) -> Result<Fetching, PackageError> {
         let folder = self.folder(manifest);
         let path = folder.join("manifest.bin");
         let bytes = fs::read(&path).map_err(at(&path))?;
-        let manifest = checked(trust, manifest, &bytes).map_err(untrusted(&path))?;
+        let manifest = checked(manifest, &bytes).map_err(untrusted(&path))?;
         let missing = manifest
             .parts
             .iter()
@@ -170,12 +171,24 @@ impl Packages {
         Fetching::start(folder, missing)
     }
 
-    /// Reads a complete package and checks the signature and every digest.
-    pub fn read(&self, trust: &TrustRoot, digest: &Digest) -> Result<Package, PackageError> {
+    /// Whether the manifest of a package is signed by the release key that is believed now. Packages
+    /// that the agent admitted itself were judged then, and are named by their digest since.
+    pub fn signed(&self, trust: &TrustRoot, digest: &Digest) -> Result<(), PackageError> {
+        let path = self.folder(digest).join("manifest.bin");
+        let bytes = fs::read(&path).map_err(at(&path))?;
+        let signed = postcard::from_bytes(&bytes).map_err(|_| TrustError::Malformed);
+        signed
+            .and_then(|signed| verify::<Manifest<'_>>(Role::Release, &trust.release, signed))
+            .map(|_| ())
+            .map_err(untrusted(&path))
+    }
+
+    /// Reads a complete package and checks every digest, beginning with the manifest's own.
+    pub fn read(&self, digest: &Digest) -> Result<Package, PackageError> {
         let folder = self.folder(digest);
         let path = folder.join("manifest.bin");
         let bytes = fs::read(&path).map_err(at(&path))?;
-        let manifest = checked(trust, digest, &bytes).map_err(untrusted(&path))?;
+        let manifest = checked(digest, &bytes).map_err(untrusted(&path))?;
         let mut parts = BTreeMap::new();
         for part in &manifest.parts {
             let path = folder.join(file_name(part.kind));
@@ -367,19 +380,10 @@ impl Fetching {
     }
 }
 
-/// The manifest in the stored bytes, if the release key signed it and it has this digest.
-fn checked<'m>(
-    trust: &TrustRoot,
-    digest: &Digest,
-    bytes: &'m [u8],
-) -> Result<Manifest<'m>, TrustError> {
+/// The manifest in the stored bytes, if it has this digest.
+fn checked<'m>(digest: &Digest, bytes: &'m [u8]) -> Result<Manifest<'m>, TrustError> {
     let signed: Signed<'m> = postcard::from_bytes(bytes).map_err(|_| TrustError::Malformed)?;
-    let manifest = verify::<Manifest<'m>>(Role::Release, &trust.release, signed)?;
-    if manifest.digest() == *digest {
-        Ok(Manifest::clone(&manifest))
-    } else {
-        Err(TrustError::WrongManifest)
-    }
+    Manifest::recall(digest, signed.body).map(Verified::into_inner)
 }
 
 const PART_KINDS: [PartKind; 5] = [

@@ -14,7 +14,9 @@ use flywheel_shared::message::{
     Ack, Chunk, Desired, Down, EpochBook, LossReason, OfferMessage, Record, SlotSeen, SlotState,
     Up, Welcome, records,
 };
-use flywheel_shared::trust::{Offer, Role, Signed, TrustRoot, batch_digest, check, sign};
+use flywheel_shared::trust::{
+    Keys, Offer, Role, Signed, SignedRoot, TimeStamp, TrustRoot, batch_digest, check, sign,
+};
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{Endpoint, RecvStream, SendStream};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
@@ -71,6 +73,22 @@ pub struct Cloud {
     _runtime: tokio::runtime::Runtime,
 }
 
+/// A trust root as it is stored, signed by all of `keys`.
+pub fn signed_root(root: &TrustRoot, keys: &[&SigningKey]) -> Vec<u8> {
+    let body = wire::bytes(root);
+    let signatures: Vec<u8> = keys
+        .iter()
+        .flat_map(|key| {
+            let public = key.verifying_key().to_bytes();
+            [&public[..], &sign(Role::Root, key, &body)].concat()
+        })
+        .collect();
+    wire::bytes(&SignedRoot {
+        body: &body,
+        signatures: &signatures,
+    })
+}
+
 pub fn release_key() -> SigningKey {
     SigningKey::from_bytes(&[2; 32])
 }
@@ -124,17 +142,18 @@ impl Cloud {
             .unwrap();
         let root = SigningKey::from_bytes(&[1; 32]);
         let rollout = SigningKey::from_bytes(&[3; 32]);
-        let body = wire::bytes(&TrustRoot {
-            version: 1,
-            root: root.verifying_key().to_bytes(),
-            release: release_key().verifying_key().to_bytes(),
-            rollout: rollout.verifying_key().to_bytes(),
-        });
-        let signature = sign(Role::Root, &root, &body);
-        let trust = wire::bytes(&Signed {
-            body: &body,
-            signature: &signature,
-        });
+        let trust = signed_root(
+            &TrustRoot {
+                version: 1,
+                issued_ms: 0,
+                expires_ms: u64::MAX,
+                root: Keys::one(root.verifying_key().to_bytes()),
+                release: release_key().verifying_key().to_bytes(),
+                rollout: rollout.verifying_key().to_bytes(),
+                min_sequence: 0,
+            },
+            &[&root],
+        );
         Identity::store(
             data,
             &NewIdentity {
@@ -288,6 +307,18 @@ impl Cloud {
                     state: report.state,
                 }))]
             }
+            Up::Attest(attest) => {
+                let body = wire::bytes(&TimeStamp {
+                    device: self.device.clone(),
+                    nonce: attest.nonce,
+                    now_ms: flywheel_agent::clock::unix_ms(),
+                });
+                let signature = sign(Role::Time, &self.rollout, &body);
+                vec![down(&Down::Time(Signed {
+                    body: &body,
+                    signature: &signature,
+                }))]
+            }
             Up::Fetch(fetch) => {
                 memory.fetched += fetch.len as usize;
                 let part = &memory.release.as_ref().unwrap().parts[&fetch.digest];
@@ -306,6 +337,7 @@ impl Cloud {
             device: self.device.clone(),
             manifest: Digest::of(&release.manifest),
             sequence: release.sequence,
+            issued_ms: 0,
             expires_ms: u64::MAX,
             nonce: 1,
         });

@@ -26,7 +26,7 @@ use flywheel_agent::spool::{Account, Disk, Ledger, LedgerError, Spool};
 use flywheel_agent::state::State;
 use flywheel_shared::ids::Digest;
 use flywheel_shared::spec::{Colour, Layout, Scale};
-use flywheel_shared::trust::{TrialBounds, TrustRoot};
+use flywheel_shared::trust::{KeyId, TrialBounds, TrustRoot};
 
 /// Frames a second.
 pub const FPS: f32 = 30.0;
@@ -363,12 +363,7 @@ impl Device {
         let who = Who {
             id: "cam".parse().unwrap(),
             hardware: "any".to_owned(),
-            trust: TrustRoot {
-                version: 1,
-                root: [0; 32],
-                release: [0; 32],
-                rollout: [0; 32],
-            },
+            trust: TrustRoot::default(),
         };
         let (mut models, live) =
             Models::open(data.path(), Arc::clone(&state), who, config.engine).unwrap();
@@ -454,7 +449,13 @@ impl Device {
             min_confidence: 0.0,
         };
         let mut models = lock(&self.shared.models);
-        let mut actions = models.step(Event::Offer { model, bounds }).unwrap();
+        let mut actions = models
+            .step(Event::Offer {
+                model,
+                bounds,
+                key: KeyId::default(),
+            })
+            .unwrap();
         while let Some(action) = actions.pop() {
             let digest = model.digest;
             match action {

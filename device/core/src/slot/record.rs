@@ -5,14 +5,14 @@ use core::fmt;
 
 use flywheel_shared::ids::Digest;
 use flywheel_shared::message::SlotState;
-use flywheel_shared::trust::{TrialBounds, TrustError};
+use flywheel_shared::trust::{Floor, KeyId, TrialBounds, TrustError};
 use heapless::Vec;
 use serde::{Deserialize, Serialize};
 
 /// Most bytes of a stored [`SlotRecord`].
-pub const RECORD_MAX: usize = 192;
+pub const RECORD_MAX: usize = 224;
 /// Version of the stored form.
-const RECORD_VERSION: u8 = 1;
+const RECORD_VERSION: u8 = 2;
 
 /// Why a model was given up. The numbers are reported by devices and never reused; those below
 /// 100 belong to [`TrustError`].
@@ -79,6 +79,8 @@ pub struct Candidate {
     pub state: SlotState,
     /// What it must hold to.
     pub bounds: TrialBounds,
+    /// Release key that signed it.
+    pub key: KeyId,
     /// Starts of the device during which its code may have run, the present one included, less
     /// those that ended in good order.
     pub starts: u8,
@@ -112,20 +114,6 @@ pub struct Reason(pub u16);
 
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const TRUST: [TrustError; 12] = [
-            TrustError::TooLarge,
-            TrustError::BadKey,
-            TrustError::BadSignature,
-            TrustError::Malformed,
-            TrustError::NotCanonical,
-            TrustError::Expired,
-            TrustError::WrongDevice,
-            TrustError::WrongHardware,
-            TrustError::WrongAbi,
-            TrustError::Rollback,
-            TrustError::WrongManifest,
-            TrustError::WrongDigest,
-        ];
         const SLOT: [SlotError; 8] = [
             SlotError::Golden,
             SlotError::Load,
@@ -139,7 +127,7 @@ impl fmt::Display for Reason {
         if self.0 == 0 {
             return Ok(());
         }
-        if let Some(error) = TRUST.into_iter().find(|error| error.code() == self.0) {
+        if let Some(error) = TrustError::from_code(self.0) {
             return fmt::Display::fmt(&error, f);
         }
         if let Some(error) = SLOT.into_iter().find(|error| error.code() == self.0) {
@@ -152,12 +140,35 @@ impl fmt::Display for Reason {
 /// All that must survive a power failure.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct SlotRecord {
-    /// The live model; its sequence is the floor below which no offer is taken.
+    /// The live model.
     pub live: Option<Held>,
     /// The model on its way to become live.
     pub candidate: Option<Candidate>,
     /// The last end of a candidate that the cloud has not confirmed to have stored.
     pub outcome: Option<Report>,
+    /// Sequence of the last confirmed model, under the release key that signed it: what is not
+    /// above it is never taken again, whatever becomes of the model itself.
+    pub floor: Floor,
+}
+
+/// The record before floors were tied to keys.
+#[derive(Deserialize)]
+struct RecordV1 {
+    live: Option<Held>,
+    /// Read to get past it: the key that signed it was not noted, so it is offered again.
+    _candidate: Option<(Held, SlotState, TrialBounds, u8)>,
+    outcome: Option<Report>,
+}
+
+impl From<RecordV1> for SlotRecord {
+    /// The floor starts again: keys of that release are believed by none of this one.
+    fn from(old: RecordV1) -> Self {
+        Self {
+            live: old.live,
+            outcome: old.outcome,
+            ..Self::default()
+        }
+    }
 }
 
 /// A stored record that does not decode: damaged, or of another version.
@@ -185,19 +196,20 @@ impl SlotRecord {
         out
     }
 
-    /// Reads the stored form.
+    /// Reads the stored form, this one or the one before.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, RecordError> {
-        let [RECORD_VERSION, body @ ..] = bytes else {
-            return Err(RecordError);
-        };
-        match postcard::take_from_bytes(body) {
-            Ok((record, [])) => Ok(record),
-            _ => Err(RecordError),
+        let (version, body) = bytes.split_first().ok_or(RecordError)?;
+        let (record, rest) = match *version {
+            RECORD_VERSION => postcard::take_from_bytes(body),
+            1 => postcard::take_from_bytes::<RecordV1>(body)
+                .map(|(old, rest)| (Self::from(old), rest)),
+            _ => return Err(RecordError),
         }
-    }
-
-    /// Sequence that an offer must exceed.
-    pub fn floor(&self) -> u64 {
-        self.live.map_or(0, |live| live.sequence)
+        .map_err(|_| RecordError)?;
+        if rest.is_empty() {
+            Ok(record)
+        } else {
+            Err(RecordError)
+        }
     }
 }

@@ -1,9 +1,12 @@
 //! The slot on a shell that loses power between any two actions.
 
 use super::*;
+use flywheel_shared::trust::Floor;
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 use std::vec::Vec;
+
+mod attacks;
 
 fn model(n: u8) -> Held {
     Held {
@@ -22,8 +25,11 @@ fn offer(n: u8) -> Event {
     Event::Offer {
         model: model(n),
         bounds: BOUNDS,
+        key: KEY,
     }
 }
+
+const KEY: KeyId = KeyId([7; 8]);
 
 const GOOD: Event = Event::Frame {
     latency_us: 300,
@@ -91,7 +97,8 @@ impl Shell {
                     if record.live != self.record.live {
                         let digest = record.live.map(|live| live.digest);
                         assert!(digest.is_some_and(|digest| self.proved(digest)));
-                        assert!(record.floor() > self.record.floor());
+                        let same = record.floor.key == self.record.floor.key;
+                        assert!(!same || record.floor.at > self.record.floor.at);
                     }
                     let stored = SlotRecord::from_bytes(&record.to_bytes());
                     assert_eq!(stored, Ok(record));
@@ -207,6 +214,7 @@ fn a_good_model_is_fetched_proved_and_swapped_in() {
     // Something older: refused.
     let mut shell_two = shell.clone();
     shell_two.slot.record.live = Some(model(9));
+    shell_two.slot.record.floor.at = 9;
     let actions = shell_two.slot.step(offer(4));
     assert!(
         matches!(&actions[..], [Action::Report(r)] if r.code == TrustError::Rollback.code()),
@@ -354,7 +362,7 @@ fn reverted(shell: &Shell) -> u16 {
     assert_eq!(report.state, SlotState::Reverted);
     assert_eq!(report.model, model(2));
     assert_eq!(shell.record.live, Some(model(1)));
-    assert_eq!(shell.record.floor(), 1);
+    assert_eq!(shell.record.floor, Floor { key: KEY, at: 1 });
     report.code
 }
 
@@ -482,6 +490,7 @@ fn the_longest_record_fits_and_reasons_have_words() {
                 max_latency_us: u32::MAX,
                 min_confidence: 1.0,
             },
+            key: KeyId([255; 8]),
             starts: 255,
         }),
         outcome: Some(Report {
@@ -491,6 +500,10 @@ fn the_longest_record_fits_and_reasons_have_words() {
             trial_frames: u32::MAX,
             max_latency_us: u32::MAX,
         }),
+        floor: Floor {
+            key: KeyId([255; 8]),
+            at: u64::MAX,
+        },
     };
     let bytes = longest.to_bytes();
     assert!(bytes.len() < RECORD_MAX, "{}", bytes.len());
@@ -503,4 +516,44 @@ fn the_longest_record_fits_and_reasons_have_words() {
     assert_eq!(Reason(5).to_string(), TrustError::NotCanonical.to_string());
     assert_eq!(Reason(104).to_string(), SlotError::Confidence.to_string());
     assert!(Reason(999).to_string().contains("999"));
+}
+
+#[test]
+fn a_candidate_of_a_revoked_key_is_given_up_and_a_confirmed_model_stays() {
+    let mut shell = on_trial();
+    assert!(shell.slot.step(Event::Trusted { key: KEY }).is_empty());
+    let other = KeyId([8; 8]);
+    shell.step(Event::Trusted { key: other }, usize::MAX);
+    assert_eq!(reverted(&shell), TrustError::Revoked.code());
+    assert!(shell.slot.step(Event::Trusted { key: other }).is_empty());
+    // What the old key confirmed is no floor under the new one.
+    shell.settle();
+    let again = Event::Offer {
+        model: Held {
+            sequence: 1,
+            ..model(3)
+        },
+        bounds: BOUNDS,
+        key: other,
+    };
+    shell.step(again, usize::MAX);
+    shell.settle();
+    assert_eq!(
+        shell.record.live.map(|live| live.digest),
+        Some(model(3).digest)
+    );
+    assert_eq!(shell.record.floor, Floor { key: other, at: 1 });
+}
+
+#[test]
+fn the_record_of_an_older_release_is_read() {
+    // Version 1, live model 1, no candidate, no outcome.
+    let mut bytes = std::vec![1, 1];
+    bytes.extend_from_slice(&[1; 32]);
+    bytes.extend_from_slice(&[5, 0, 0]);
+    let record = SlotRecord::from_bytes(&bytes).unwrap();
+    assert_eq!(record.live.map(|live| live.sequence), Some(5));
+    assert_eq!(record.floor, Floor::default());
+    bytes.push(0);
+    assert_eq!(SlotRecord::from_bytes(&bytes), Err(RecordError));
 }

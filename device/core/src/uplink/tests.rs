@@ -5,6 +5,8 @@ use crate::sketch::mix;
 use std::collections::{BTreeSet, VecDeque};
 use std::vec::Vec;
 
+mod attacks;
+
 fn sleep_of(actions: &Actions) -> u64 {
     match actions.last() {
         Some(Action::Sleep { until_ms }) => *until_ms,

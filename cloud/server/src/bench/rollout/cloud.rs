@@ -14,8 +14,11 @@ use flywheel_shared::spec::InputSpec;
 use flywheel_shared::trust::{Part, PartKind, Role, TrustRoot, sign};
 
 use crate::api::types::{GateView, PromoteRequest};
+use crate::keys;
+use crate::service::now_ms;
 use crate::service::registry::{ModelRecord, Registry};
 use crate::service::rollouts::{Rollouts, Shelf};
+use crate::service::roots::Roots;
 use crate::store::{Batch, Store, StoreError};
 
 /// A shelf that fails from a write on, as if the process had been killed there.
@@ -67,7 +70,7 @@ pub(crate) struct Cloud {
     pub(crate) store: Arc<Store>,
     pub(crate) registry: Arc<Registry>,
     pub(crate) trust: TrustRoot,
-    rollout_key: SigningKey,
+    pub(crate) roots: Arc<Roots>,
     /// Id of the model that the fleet runs.
     #[cfg(test)]
     pub(crate) old: String,
@@ -80,16 +83,17 @@ pub(crate) struct Cloud {
 impl Cloud {
     pub(crate) fn open(dir: &Path) -> Result<Self> {
         let store = Store::open(dir)?;
-        // The keys of a simulation are no secret.
-        let key = |name: &str| SigningKey::from_bytes(&Digest::of(name.as_bytes()).0);
-        let (release, rollout_key) = (key("release"), key("rollout"));
-        let trust = TrustRoot {
-            version: 1,
-            root: key("root").verifying_key().to_bytes(),
-            release: release.verifying_key().to_bytes(),
-            rollout: rollout_key.verifying_key().to_bytes(),
+        let keys_dir = dir.join("keys");
+        let plan = keys::Plan {
+            now_ms: now_ms(),
+            days: 365,
+            roots: None,
+            min_sequence: None,
         };
-        let registry = Arc::new(Registry::new(store.clone(), trust.clone()));
+        let trust = keys::init(&keys_dir, &plan)?.root;
+        let roots = Roots::open(store.clone(), &keys_dir)?;
+        let release = keys::find(&keys_dir, "release", &trust.release)?;
+        let registry = Arc::new(Registry::new(store.clone(), roots.clone()));
         let old = promote(&registry, &release, "old")?;
         let new = promote(&registry, &release, "new")?;
         let first = old
@@ -107,13 +111,13 @@ impl Cloud {
             store,
             registry,
             trust,
-            rollout_key,
+            roots,
         })
     }
 
     /// The public key that signs the log, hexadecimal.
     pub(crate) fn log_key(&self) -> String {
-        hex::encode(self.rollout_key.verifying_key().to_bytes())
+        hex::encode(self.trust.rollout)
     }
 
     /// A controller as it comes up after a start.
@@ -122,7 +126,7 @@ impl Cloud {
             shelf,
             self.store.clone(),
             self.registry.clone(),
-            self.rollout_key.clone(),
+            self.roots.clone(),
         )?)
     }
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use device_core::slot::{Action, Actions, Event, Held, Report, Slot, SlotError, SlotRecord};
 use flywheel_shared::ids::{DeviceId, Digest};
-use flywheel_shared::trust::{Judge, Manifest, Signed, TrialBounds, TrustRoot};
+use flywheel_shared::trust::{Accepted, Floor, Judge, KeyId, Signed, TrialBounds, TrustRoot};
 
 use crate::ingest::{OfferBytes, OwnedSlotReport};
 
@@ -39,9 +39,13 @@ pub(super) struct Device {
 
 impl Device {
     /// A device that runs a model.
-    pub(super) fn new(id: DeviceId, live: Held) -> Self {
+    pub(super) fn new(id: DeviceId, live: Held, trust: &TrustRoot) -> Self {
         let stored = SlotRecord {
             live: Some(live),
+            floor: Floor {
+                key: trust.release_id(),
+                at: live.sequence,
+            },
             ..SlotRecord::default()
         };
         let mut device = Self {
@@ -107,14 +111,21 @@ impl Device {
                 max_latency_us: 0,
                 min_confidence: 0.0,
             };
-            return self.step(Event::Offer { model, bounds });
+            return self.step(Event::Offer {
+                model,
+                bounds,
+                key: KeyId::default(),
+            });
         }
         let judge = Judge {
             trust,
             device: &self.id,
             hardware: HARDWARE,
-            floor: self.stored.floor(),
-            now_ms,
+            floor: self
+                .stored
+                .floor
+                .under(trust.release_id(), trust.min_sequence),
+            now_ms: Some(now_ms),
         };
         let signed = |body, signature| Signed { body, signature };
         let verdict = judge.offer(
@@ -122,17 +133,15 @@ impl Device {
             signed(&offer.manifest, &offer.manifest_signature),
         );
         let event = match verdict {
-            Ok(manifest) => {
-                let Manifest {
-                    sequence, trial, ..
-                } = &*manifest;
-                self.judged.insert(digest, *trial);
+            Ok(Accepted { manifest, .. }) => {
+                self.judged.insert(digest, manifest.trial);
                 Event::Offer {
                     model: Held {
                         digest,
-                        sequence: *sequence,
+                        sequence: manifest.sequence,
                     },
-                    bounds: *trial,
+                    bounds: manifest.trial,
+                    key: trust.release_id(),
                 }
             }
             Err(error) => Event::Refused {

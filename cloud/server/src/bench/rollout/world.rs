@@ -155,7 +155,7 @@ impl World {
             .collect::<Result<_>>()?;
         let devices = ids
             .iter()
-            .map(|id| Device::new(id.clone(), cloud.live))
+            .map(|id| Device::new(id.clone(), cloud.live, &cloud.trust))
             .collect();
         let known = ids
             .iter()

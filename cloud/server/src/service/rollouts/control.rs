@@ -9,7 +9,7 @@ use super::{Change, Rollouts, State, find};
 use crate::api::types::{
     ActRequest, PlanView, RolloutAction, RolloutRequest, RolloutView, SkippedView,
 };
-use crate::service::registry::ModelRecord;
+use crate::service::registry::{ModelRecord, Release};
 use crate::service::{Fault, lock};
 
 /// Who is named in the log when nobody is.
@@ -36,12 +36,9 @@ impl Rollouts {
             )));
         }
         let number = state.entries.keys().last().map_or(1, |last| last + 1);
-        let (package, back) = Package::of(&model)?;
-        let previous = model
-            .release
-            .as_ref()
-            .and_then(|release| release.back.as_ref())
-            .map(|back| back.model.clone());
+        let release = self.release(&model)?;
+        let (package, back) = Package::of(release)?;
+        let previous = release.back.as_ref().map(|back| back.model.clone());
         let event = Event::Started {
             model: model.id.clone(),
             sequence: rollout.head.sequence,
@@ -139,12 +136,7 @@ impl Rollouts {
         now_ms: u64,
     ) -> Result<(ModelRecord, Rollout), Fault> {
         let model = self.registry.find(&request.model)?;
-        let release = model.release.as_ref().ok_or_else(|| {
-            Fault::Conflict(format!(
-                "model {} is not signed; run `flywheel model promote` first",
-                model.id
-            ))
-        })?;
+        let release = self.release(&model)?;
         let invalid = |error: cloud_core::rollout::RolloutError| Fault::Invalid(error.to_string());
         let selector: Selector = match request.to.as_deref() {
             Some(text) => text.parse().map_err(invalid)?,
@@ -168,6 +160,16 @@ impl Rollouts {
         let rollout = Rollout::start(release.sequence, back, policy, selector, inventory, now_ms)
             .map_err(|error| Fault::Conflict(error.to_string()))?;
         Ok((model, rollout))
+    }
+
+    /// The release of a model, if devices believe the key that signed it.
+    fn release<'m>(&self, model: &'m ModelRecord) -> Result<&'m Release, Fault> {
+        self.registry.standing(model).ok_or_else(|| {
+            Fault::Conflict(format!(
+                "model {} is not signed by the release key that devices believe; run `flywheel model promote` first",
+                model.id
+            ))
+        })
     }
 
     /// Does something to a rollout.

@@ -5,11 +5,12 @@
 use std::collections::BTreeMap;
 
 use cloud_core::rollout::Policy;
-use ed25519_dalek::{Signature, Signer, SigningKey, VerifyingKey};
+use ed25519_dalek::{Signature, VerifyingKey};
 use flywheel_shared::ids::Digest;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::service::roots::Roots;
 use crate::store::{Batch, Store, StoreError};
 
 const LINES: &str = "rollout log";
@@ -250,7 +251,7 @@ impl Chain {
     pub(super) fn append(
         &mut self,
         batch: &mut Batch,
-        key: &SigningKey,
+        roots: &Roots,
         (at_ms, rollout, by): (u64, u64, &str),
         event: Event,
     ) -> Result<(), StoreError> {
@@ -267,9 +268,10 @@ impl Chain {
             why: error.to_string(),
         })?;
         let digest = Digest::of(body.as_bytes());
+        let (key, signature) = roots.sign_line(&message(&digest));
         let line = Line {
-            key: hex::encode(key.verifying_key().to_bytes()),
-            signature: hex::encode(key.sign(&message(&digest)).to_bytes()),
+            key: hex::encode(key),
+            signature: hex::encode(signature),
             body,
         };
         batch.put(LINES, &self.next.to_be_bytes(), &line)?;
@@ -378,10 +380,10 @@ fn message(digest: &Digest) -> [u8; 56] {
 mod tests {
     use super::*;
 
-    fn log() -> (Vec<Line>, SigningKey, tempfile::TempDir) {
+    fn log() -> (Vec<Line>, std::sync::Arc<Roots>, tempfile::TempDir) {
         let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path()).unwrap();
-        let key = SigningKey::from_bytes(&[7; 32]);
+        let cloud = crate::bench::rollout::cloud::Cloud::open(dir.path()).unwrap();
+        let (store, key) = (cloud.store, cloud.roots);
         let mut chain = Chain::open(&store).unwrap();
         for wave in 0..4 {
             let mut batch = Batch::new();
@@ -398,8 +400,8 @@ mod tests {
         (read(&store, 0, 100).unwrap(), key, dir)
     }
 
-    fn verify(lines: &[Line], key: &SigningKey) -> Result<u64, LogError> {
-        let mut verifier = Verifier::new(vec![hex::encode(key.verifying_key().to_bytes())]);
+    fn verify(lines: &[Line], key: &[u8; 32]) -> Result<u64, LogError> {
+        let mut verifier = Verifier::new(vec![hex::encode(key)]);
         for line in lines {
             verifier.line(line)?;
         }
@@ -408,7 +410,8 @@ mod tests {
 
     #[test]
     fn a_log_verifies_and_any_change_is_found() {
-        let (lines, key, _dir) = log();
+        let (lines, roots, _dir) = log();
+        let key = roots.root().rollout;
         assert_eq!(verify(&lines, &key), Ok(4));
         for at in 0..4 {
             let mut changed = lines.clone();
@@ -429,15 +432,11 @@ mod tests {
                 .why
                 .contains("taken out")
         );
-        let other = SigningKey::from_bytes(&[8; 32]);
+        let other = roots.root().release;
         assert!(verify(&lines, &other).unwrap_err().why.contains("--key"));
         // Signed as an offer is not signed as a line.
         let mut crossed = lines;
-        let offer = flywheel_shared::trust::sign(
-            flywheel_shared::trust::Role::Rollout,
-            &key,
-            crossed[0].body.as_bytes(),
-        );
+        let offer = roots.sign_offer(crossed[0].body.as_bytes());
         crossed[0].signature = hex::encode(offer);
         assert!(verify(&crossed, &key).unwrap_err().why.contains("changed"));
     }

@@ -18,11 +18,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 
 use cloud_core::rollout::{Decision, Device, End, Head, Member};
-use ed25519_dalek::SigningKey;
 use flywheel_shared::ids::DeviceId;
 use tokio::sync::watch;
 
 use super::registry::Registry;
+use super::roots::Roots;
 use super::{Fault, lock};
 use crate::ingest::OfferBytes;
 use crate::store::{Batch, Store, StoreError};
@@ -41,7 +41,7 @@ pub struct Rollouts {
     store: Arc<Store>,
     shelf: Arc<dyn Shelf>,
     registry: Arc<Registry>,
-    key: SigningKey,
+    roots: Arc<Roots>,
     /// Rises with every change, so that watchers can wait.
     changed: watch::Sender<u64>,
     /// Reports that wait to be written; taken while `state` is held.
@@ -71,16 +71,16 @@ struct Change {
 }
 
 impl Rollouts {
-    /// The rollouts in a store; `key` signs offers and the log.
+    /// The rollouts in a store; `roots` sign offers and the log.
     ///
     /// # Errors
     /// If the store can't be read.
     pub fn open(
         store: Arc<Store>,
         registry: Arc<Registry>,
-        key: SigningKey,
+        roots: Arc<Roots>,
     ) -> Result<Self, Fault> {
-        Self::open_on(store.clone(), store, registry, key)
+        Self::open_on(store.clone(), store, registry, roots)
     }
 
     /// [`Rollouts::open`] with a shelf of the caller's to write to.
@@ -91,10 +91,10 @@ impl Rollouts {
         shelf: Arc<dyn Shelf>,
         store: Arc<Store>,
         registry: Arc<Registry>,
-        key: SigningKey,
+        roots: Arc<Roots>,
     ) -> Result<Self, Fault> {
         let state = State {
-            entries: record::load(&store, &registry)?,
+            entries: record::load(&store)?,
             chain: Chain::open(&store)?,
             evidence: Evidence::default(),
         };
@@ -102,7 +102,7 @@ impl Rollouts {
             store,
             shelf,
             registry,
-            key,
+            roots,
             changed: watch::channel(0).0,
             waiting: Mutex::default(),
             state: Mutex::new(state),
@@ -138,6 +138,9 @@ impl Rollouts {
             let references = self.references(entry)?;
             let confidence = evidence.of(&self.store, entry, &references)?;
             let plan = entry.rollout.plan(inventory, confidence.as_ref(), now_ms);
+            // Under a newer release key nobody would take these; the operator promotes again.
+            let offered = self.is_believed(&entry.package);
+            let back = entry.back.as_ref().is_some_and(|p| self.is_believed(p));
             // Whoever a newer rollout has reached is its business.
             let newer = entries.range(number + 1..);
             let reached: BTreeSet<&str> = newer
@@ -149,7 +152,8 @@ impl Rollouts {
                 .decisions
                 .into_iter()
                 .filter(|decision| match decision {
-                    Decision::Return { device } => !reached.contains(device.as_str()),
+                    Decision::Return { device } => back && !reached.contains(device.as_str()),
+                    Decision::Offer { .. } => offered,
                     _ => true,
                 })
                 .collect();
@@ -164,7 +168,7 @@ impl Rollouts {
                 };
                 if let Some(package) = package {
                     let id = parse(device)?;
-                    let offer = package.offer(&self.key, &id, now_ms)?;
+                    let offer = package.offer(&self.roots, &id, now_ms)?;
                     offers.push((id, offer));
                 }
             }
@@ -276,7 +280,7 @@ impl Rollouts {
         let mut entries = Vec::new();
         for mut change in changes {
             for (by, event) in std::mem::take(&mut change.events) {
-                chain.append(&mut batch, &self.key, (now_ms, change.number, &by), event)?;
+                chain.append(&mut batch, &self.roots, (now_ms, change.number, &by), event)?;
             }
             for (device, member) in &change.members {
                 record::put_member(&mut batch, change.number, device, member)?;

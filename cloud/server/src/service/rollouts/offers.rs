@@ -4,21 +4,25 @@
 use std::sync::Arc;
 
 use cloud_core::rollout::{Device, End, Progress};
-use ed25519_dalek::SigningKey;
 use flywheel_shared::ids::{DeviceId, Digest};
-use flywheel_shared::trust::{MAX_BODY, Offer, Role, sign};
+use flywheel_shared::trust::{MAX_BODY, Offer, Role, check};
+use serde::{Deserialize, Serialize};
 
 use super::Rollouts;
 use super::record::Entry;
 use crate::ingest::OfferBytes;
-use crate::service::registry::{ModelRecord, SignedManifest};
+use crate::service::registry::{Release, SignedManifest};
+use crate::service::roots::Roots;
 use crate::service::{Fault, lock};
 
 /// How long one device may take up one offer: long enough for a slow link to fetch, short enough
 /// that a stolen rollout key is of little use for long.
 const OFFER_LIFE_MS: u64 = 10 * 60 * 1000;
 
-/// A signed manifest, ready to be offered.
+/// A signed manifest, ready to be offered. Stored with the rollout, since the model may be released
+/// again under another key and number.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(try_from = "SignedManifest", into = "SignedManifest")]
 pub(super) struct Package {
     digest: Digest,
     sequence: u64,
@@ -26,13 +30,28 @@ pub(super) struct Package {
     signature: [u8; 64],
 }
 
+impl From<Package> for SignedManifest {
+    fn from(package: Package) -> Self {
+        Self {
+            sequence: package.sequence,
+            digest: package.digest,
+            body: package.body,
+            signature: package.signature.to_vec(),
+        }
+    }
+}
+
+impl TryFrom<SignedManifest> for Package {
+    type Error = Fault;
+
+    fn try_from(manifest: SignedManifest) -> Result<Self, Fault> {
+        Self::new(&manifest)
+    }
+}
+
 impl Package {
-    /// A released model, and the one before it as it was signed to come back.
-    pub(super) fn of(model: &ModelRecord) -> Result<(Arc<Self>, Option<Arc<Self>>), Fault> {
-        let release = model
-            .release
-            .as_ref()
-            .ok_or_else(|| Fault::Internal(format!("model {} has no release", model.id)))?;
+    /// A release, and the model before it as it was signed to come back.
+    pub(super) fn of(release: &Release) -> Result<(Arc<Self>, Option<Arc<Self>>), Fault> {
         let back = release.back.as_ref().map(|back| Self::new(&back.manifest));
         Ok((
             Arc::new(Self::new(&release.manifest())?),
@@ -61,7 +80,7 @@ impl Package {
     /// Signs an offer of it to a device.
     pub(super) fn offer(
         &self,
-        key: &SigningKey,
+        roots: &Roots,
         device: &DeviceId,
         now_ms: u64,
     ) -> Result<OfferBytes, Fault> {
@@ -72,6 +91,7 @@ impl Package {
             device: device.clone(),
             manifest: self.digest,
             sequence: self.sequence,
+            issued_ms: now_ms,
             expires_ms: now_ms + OFFER_LIFE_MS,
             nonce: u64::from_le_bytes(nonce),
         };
@@ -80,7 +100,7 @@ impl Package {
             .map_err(|error| Fault::Internal(format!("the offer does not encode: {error}")))?
             .to_vec();
         Ok(OfferBytes {
-            offer_signature: sign(Role::Rollout, key, &body),
+            offer_signature: roots.sign_offer(&body),
             offer: body,
             manifest: self.body.clone(),
             manifest_signature: self.signature,
@@ -89,6 +109,12 @@ impl Package {
 }
 
 impl Rollouts {
+    /// Whether devices believe the key that signed it.
+    pub(super) fn is_believed(&self, package: &Package) -> bool {
+        let key = self.roots.root().release;
+        check(Role::Release, &key, &package.digest, &package.signature).is_ok()
+    }
+
     /// The offer that a device should have in hand now, if any: of a running rollout once it was
     /// made, of the model before after a halt, else of the newest rollout that confirmed and is for
     /// the device, in case it joined, was tagged or came back later. `busy` is a device that has a
@@ -113,11 +139,12 @@ impl Rollouts {
                 .rev()
                 .find_map(|entry| wanted(entry, device))
         };
-        let Some(package) = package.filter(|package| package.sequence > device.sequence) else {
+        let newer = package.filter(|package| package.sequence > device.sequence);
+        let Some(package) = newer.filter(|package| self.is_believed(package)) else {
             return Ok(None);
         };
         let id = super::parse(&device.id)?;
-        package.offer(&self.key, &id, now_ms).map(Some)
+        package.offer(&self.roots, &id, now_ms).map(Some)
     }
 }
 

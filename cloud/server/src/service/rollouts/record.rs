@@ -8,8 +8,6 @@ use cloud_core::rollout::{Head, Member, Rollout};
 use serde::{Deserialize, Serialize};
 
 use super::offers::Package;
-use crate::service::Fault;
-use crate::service::registry::Registry;
 use crate::store::{Batch, Cursor, Store, StoreError};
 
 const ROLLOUTS: &str = "rollout";
@@ -43,6 +41,10 @@ pub(super) struct Record {
     pub(super) ended_ms: Option<u64>,
     /// Samples up to here were committed before it started.
     pub(super) samples_after: Cursor,
+    /// The model as it is offered.
+    pub(super) package: Package,
+    /// The model before as it is offered again.
+    pub(super) back: Option<Package>,
 }
 
 /// A rollout in memory.
@@ -71,6 +73,8 @@ impl Entry {
             started_ms: self.started_ms,
             ended_ms: self.ended_ms,
             samples_after: self.samples_after,
+            package: Package::clone(&self.package),
+            back: self.back.as_deref().cloned(),
         }
     }
 
@@ -98,7 +102,7 @@ pub(super) fn put_member(
 }
 
 /// Every rollout of a store, by number.
-pub(super) fn load(store: &Store, registry: &Registry) -> Result<BTreeMap<u64, Entry>, Fault> {
+pub(super) fn load(store: &Store) -> Result<BTreeMap<u64, Entry>, StoreError> {
     let records = store.scan::<Record>(ROLLOUTS, &[])?;
     let mut entries = BTreeMap::new();
     for (_, record) in records {
@@ -107,8 +111,6 @@ pub(super) fn load(store: &Store, registry: &Registry) -> Result<BTreeMap<u64, E
             .into_iter()
             .map(|(key, member)| (String::from_utf8_lossy(&key[8..]).into_owned(), member))
             .collect();
-        let model = registry.find(&record.model)?;
-        let (package, back) = Package::of(&model)?;
         entries.insert(
             record.number,
             Entry {
@@ -122,8 +124,8 @@ pub(super) fn load(store: &Store, registry: &Registry) -> Result<BTreeMap<u64, E
                     head: record.head,
                     members,
                 },
-                package,
-                back,
+                package: Arc::new(record.package),
+                back: record.back.map(Arc::new),
             },
         );
     }

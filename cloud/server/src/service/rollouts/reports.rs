@@ -142,7 +142,11 @@ fn kind(report: &OwnedSlotReport) -> Option<Report> {
     };
     Some(match report.state {
         // The planner makes a new offer after the time of this one is over.
-        SlotState::Refused if report.code == TrustError::Expired.code() => return None,
+        SlotState::Refused
+            if TrustError::from_code(report.code).is_some_and(TrustError::is_curable) =>
+        {
+            return None;
+        }
         SlotState::Refused => Report::Failed(reason()),
         SlotState::Fetching | SlotState::Staged => Report::Staged,
         SlotState::Trial => Report::Trial,
