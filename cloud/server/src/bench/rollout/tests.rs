@@ -82,7 +82,8 @@ fn cut_at_any_write_the_controller_goes_on_where_it_was() {
             waves = ["50%"]
             max_failed = 1
             [gate]
-            soak_s = 5
+            # So long that the exclusion comes before the end, whatever is cut.
+            soak_s = 30
         "#
         .to_owned(),
         ..conditions(12, 11)

@@ -61,6 +61,7 @@ impl Rollouts {
             rollout,
             package,
             back,
+            waits_for: None,
         };
         let change = Change {
             number,

@@ -15,6 +15,8 @@ use crate::store::{Batch, Store, StoreError};
 
 const LINES: &str = "rollout log";
 const CHAIN: &str = "rollout log end";
+/// Most devices named in one line: the store keeps small records well and large ones badly.
+const MOST_DEVICES: usize = 500;
 /// Stands in front of what is signed. As long as the prefixes of [`flywheel_shared::trust::Role`]
 /// and none of them, so that a line never passes as an offer.
 const DOMAIN: &[u8; 24] = b"flywheel/rollout-log/v1\0";
@@ -159,6 +161,16 @@ pub enum Event {
 }
 
 impl Event {
+    /// One event for each so many devices; none for none.
+    pub(super) fn each<T: Clone>(
+        devices: &[T],
+        event: impl Fn(Vec<T>) -> Self,
+    ) -> impl Iterator<Item = Self> {
+        devices
+            .chunks(MOST_DEVICES)
+            .map(move |some| event(some.to_vec()))
+    }
+
     /// The event in words.
     #[must_use]
     pub fn words(&self) -> String {

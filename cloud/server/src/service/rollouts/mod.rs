@@ -17,7 +17,7 @@ mod view;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 
-use cloud_core::rollout::{Decision, Device, End, Head, Member};
+use cloud_core::rollout::{Decision, Device, End, Head, Member, State as Stage};
 use flywheel_shared::ids::DeviceId;
 use tokio::sync::watch;
 
@@ -122,6 +122,7 @@ impl Rollouts {
         let mut state = lock(&self.state);
         let mut offers = Vec::new();
         let mut changes = Vec::new();
+        let mut waits = Vec::new();
         let live: Vec<u64> = state
             .entries
             .values()
@@ -138,6 +139,10 @@ impl Rollouts {
             let references = self.references(entry)?;
             let confidence = evidence.of(&self.store, entry, &references)?;
             let plan = entry.rollout.plan(inventory, confidence.as_ref(), now_ms);
+            waits.push(match plan.state {
+                Stage::Running { waits_for, .. } => (number, Some(waits_for)),
+                _ => (number, None),
+            });
             // Under a newer release key nobody would take these; the operator promotes again.
             let offered = self.is_believed(&entry.package);
             let back = entry.back.as_ref().is_some_and(|p| self.is_believed(p));
@@ -175,6 +180,11 @@ impl Rollouts {
             changes.push(self.change(entry, &decisions, now_ms)?);
         }
         self.commit(&mut state, changes, now_ms)?;
+        for (number, waits_for) in waits {
+            if let Some(entry) = state.entries.get_mut(&number) {
+                entry.waits_for = waits_for;
+            }
+        }
         Ok(offers)
     }
 
@@ -190,9 +200,7 @@ impl Rollouts {
             match decision {
                 Decision::Join { devices } => {
                     touched.extend(devices);
-                    events.push(Event::Joined {
-                        devices: devices.clone(),
-                    });
+                    events.extend(Event::each(devices, |devices| Event::Joined { devices }));
                 }
                 Decision::Seen { device } => {
                     touched.insert(device);
@@ -222,8 +230,9 @@ impl Rollouts {
                 Decision::End(_) => events.push(Event::Confirmed),
             }
         }
-        if !seen.is_empty() {
-            let outcome = |device: String| {
+        let seen: Vec<log::Outcome> = seen
+            .into_iter()
+            .map(|device: String| {
                 let member = next.members.get(&device);
                 let state = member.map_or("", |member| member.progress.name());
                 log::Outcome {
@@ -231,17 +240,11 @@ impl Rollouts {
                     device,
                     reason: None,
                 }
-            };
-            events.push(Event::Reported {
-                devices: seen.into_iter().map(outcome).collect(),
-            });
-        }
-        if !offered.is_empty() {
-            events.push(Event::Offered { devices: offered });
-        }
-        if !back.is_empty() {
-            events.push(Event::OfferedBack { devices: back });
-        }
+            })
+            .collect();
+        events.extend(Event::each(&seen, |devices| Event::Reported { devices }));
+        events.extend(Event::each(&offered, |devices| Event::Offered { devices }));
+        events.extend(Event::each(&back, |devices| Event::OfferedBack { devices }));
         if let Some(model) = &champion {
             events.push(Event::Champion {
                 model: model.clone(),

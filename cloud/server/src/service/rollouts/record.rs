@@ -61,6 +61,8 @@ pub(super) struct Entry {
     pub(super) package: Arc<Package>,
     /// The model before as it is offered again.
     pub(super) back: Option<Arc<Package>>,
+    /// What it waited for when it was last looked at; not stored.
+    pub(super) waits_for: Option<String>,
 }
 
 impl Entry {
@@ -126,6 +128,7 @@ pub(super) fn load(store: &Store) -> Result<BTreeMap<u64, Entry>, StoreError> {
                 },
                 package: Arc::new(record.package),
                 back: record.back.map(Arc::new),
+                waits_for: None,
             },
         );
     }

@@ -122,10 +122,11 @@ impl Rollouts {
         for (number, members) in touched {
             let devices = outcomes.remove(&number).unwrap_or_default();
             if !devices.is_empty() {
+                let events = Event::each(&devices, |devices| Event::Reported { devices });
                 changes.push(Change {
                     number,
                     members,
-                    events: vec![(DEVICES.to_owned(), Event::Reported { devices })],
+                    events: events.map(|event| (DEVICES.to_owned(), event)).collect(),
                     ..Change::default()
                 });
             }

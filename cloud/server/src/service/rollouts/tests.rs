@@ -7,6 +7,9 @@ use super::*;
 use crate::api::types::{ActRequest, RolloutAction, RolloutRequest};
 use crate::bench::rollout::cloud::{Brittle, Cloud};
 use crate::ingest::OwnedSlotReport;
+use crate::store::Commit;
+use crate::store::fixtures::{sample, unsigned};
+use flywheel_shared::message::{Lane, Record, Sample, Scores};
 use flywheel_shared::trust::Offer;
 
 const NOW: u64 = 1_800_000_000_000;
@@ -335,4 +338,77 @@ fn a_store_that_fails_leaves_everything_as_it_was() {
         before
     );
     assert_eq!(rollouts.log(0, 100).unwrap().len(), 2);
+}
+
+/// Commits uniform samples that a model scored with a confidence.
+fn uniform(
+    world: &World,
+    device: &str,
+    numbers: std::ops::Range<u32>,
+    model: &str,
+    confidence: f32,
+) {
+    let digest = world.cloud.registry.manifests(model).unwrap()[0];
+    let records: Vec<Record<'_>> = numbers
+        .map(|seq| match sample(seq, b"picture") {
+            Record::Sample(sample) => Record::Sample(Sample {
+                lane: Lane::Uniform,
+                model: evidence::prefix(&digest),
+                scores: Scores {
+                    confidence: confidence + (seq % 7) as f32 * 1e-4,
+                    ..sample.scores
+                },
+                ..sample
+            }),
+            loss => loss,
+        })
+        .collect();
+    let batch = unsigned(1, &records);
+    let commit = Commit::new(&device.parse().unwrap(), NOW, &batch).unwrap();
+    world.cloud.store.commit_blocking(commit).unwrap();
+}
+
+#[test]
+fn confidence_on_the_uniform_lane_opens_the_next_wave_or_halts() {
+    for (confidence, halts) in [(0.9, false), (0.5, true)] {
+        let world = world();
+        let devices = fleet(3);
+        // What was seen before the rollout does not count.
+        uniform(&world, "cam01", 1..40, &world.cloud.old, 0.1);
+        let policy = "[gate.drift]\nmin_samples = 20";
+        world
+            .rollouts
+            .start(&request(&world, Some(policy)), &devices, NOW)
+            .unwrap();
+        let canary = world.rollouts.advance(&devices, NOW).unwrap()[0].0.clone();
+        world
+            .rollouts
+            .record(&canary, &report(2, SlotState::Confirmed), NOW)
+            .unwrap();
+        uniform(&world, "cam01", 40..80, &world.cloud.old, 0.9);
+        uniform(&world, "cam02", 1..11, &world.cloud.new, confidence);
+        assert!(world.rollouts.advance(&devices, NOW).unwrap().is_empty());
+        let view = world.rollouts.view("1", &devices, NOW, false).unwrap();
+        let waits_for = view.waits_for.unwrap();
+        assert!(
+            waits_for.starts_with("10 uniform samples under the model and 40"),
+            "{waits_for}"
+        );
+        uniform(&world, "cam02", 11..31, &world.cloud.new, confidence);
+        // A controller that has just started reads the same.
+        let shelf = Brittle::new(world.cloud.store.clone(), u64::MAX, false);
+        let again = world.cloud.controller(shelf).unwrap();
+        let offers = again.advance(&devices, NOW).unwrap();
+        let view = again.view("1", &devices, NOW, false).unwrap();
+        if halts {
+            assert!(offers.is_empty());
+            let reason = view.reason.unwrap();
+            assert!(
+                reason.starts_with("confidence on the uniform lane fell from 0.90 to 0.50"),
+                "{reason}"
+            );
+        } else {
+            assert_eq!((offers.len(), view.wave), (2, 1));
+        }
+    }
 }

@@ -50,9 +50,13 @@ impl Entry {
             None if head.control == Control::Paused => ("paused", None),
             None => ("running", None),
         };
-        // Confidence is left out: it decides about waves, not about what is shown here.
-        let waits_for = match self.rollout.plan(inventory, None, now_ms).state {
+        // Before the controller's first look, as far as it can be told without measurements.
+        let waits_for = || match self.rollout.plan(inventory, None, now_ms).state {
             State::Running { waits_for, .. } => Some(waits_for),
+            _ => None,
+        };
+        let waits_for = match state {
+            "running" => self.waits_for.clone().or_else(waits_for),
             _ => None,
         };
         let online: HashSet<&str> = inventory
