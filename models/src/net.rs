@@ -140,6 +140,11 @@ impl NetConfig {
         self.channels * self.height * self.width
     }
 
+    /// Shape of a tensor of `count` preprocessed images, NCHW.
+    pub fn batch_shape(&self, count: usize) -> [usize; 4] {
+        [count, self.channels, self.height, self.width]
+    }
+
     /// Multiply-accumulate operations of one inference.
     pub fn macs(&self) -> usize {
         let mut side = [self.height, self.width];

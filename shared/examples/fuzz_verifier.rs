@@ -46,9 +46,12 @@ fn run() -> Result<(), String> {
     let mut counts = [0u64; Outcome::COUNT];
     let started = Instant::now();
     for done in 1..=runs {
-        let outcome = fuzzer
-            .step()
-            .map_err(|escape| format!("run {done} of seed {seed} was believed: {escape:02x?}"))?;
+        let Ok(outcome) = fuzzer.step() else {
+            let body = fuzzer.escaped();
+            return Err(format!(
+                "run {done} of seed {seed} was believed: {body:02x?}"
+            ));
+        };
         counts[outcome.index()] += 1;
         if done % PROGRESS == 0 {
             eprintln!("{done} runs, {:.0} s", started.elapsed().as_secs_f64());

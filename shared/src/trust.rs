@@ -31,3 +31,6 @@ pub use signature::{
     verify,
 };
 pub use time::{TimeStamp, Timekeeper};
+
+#[cfg(test)]
+mod tests;

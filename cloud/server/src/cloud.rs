@@ -522,6 +522,7 @@ impl Cloud {
                 .connected
                 .map(|transport| transport.name().to_owned()),
             last_seen_ms: device.last_seen_ms,
+            root_version: self.roots.version_of(&device.record.device),
             hardware: text(|health| &health.hardware),
             source: text(|health| &health.source),
             engine: text(|health| &health.engine),

@@ -309,7 +309,8 @@ impl Fleet {
         Ok(found.into_iter().map(|(_, slot)| slot).collect())
     }
 
-    /// Keeps a health message and its books, durably.
+    /// Keeps a health message, and durably the books of epochs that are over: once they are
+    /// acknowledged the device forgets them, while the rest comes again with the next message.
     pub fn store_health(
         &self,
         device: &DeviceId,
@@ -320,12 +321,20 @@ impl Fleet {
             received_ms: now_ms,
             health: health.clone(),
         };
-        let mut batch = Batch::new();
-        batch.put(HEALTH, device.as_str().as_bytes(), &stored)?;
-        for book in &health.books {
-            batch.put(BOOKS, &keyed(device, &book.epoch.to_be_bytes()), book)?;
+        let (mut notes, mut closed) = (Batch::new(), Batch::new());
+        notes.put(HEALTH, device.as_str().as_bytes(), &stored)?;
+        for book in health
+            .books
+            .iter()
+            .filter(|book| book.epoch != health.epoch)
+        {
+            let key = keyed(device, &book.epoch.to_be_bytes());
+            if self.store.get(BOOKS, &key)?.as_ref() != Some(book) {
+                closed.put(BOOKS, &key, book)?;
+            }
         }
-        self.store.write(batch)?;
+        self.store.write(closed)?;
+        self.store.note(notes)?;
         let mut facts = self.facts.lock().unwrap_or_else(PoisonError::into_inner);
         facts.insert(device.clone(), Facts::of(now_ms, health));
         Ok(())
@@ -434,12 +443,20 @@ impl Fleet {
     /// lost.
     pub fn ledgers(&self) -> Result<Vec<Ledger>, FleetError> {
         // The books first: what they call acknowledged is then in what is read after them.
-        let mut all = BTreeMap::new();
-        for (key, book) in self.store.scan::<OwnedBook>(BOOKS, b"")? {
-            let Some(device) = key.split(|byte| *byte == 0).next() else {
-                continue;
-            };
-            let device = String::from_utf8_lossy(device).into_owned();
+        let name = |key: &[u8]| {
+            let device = key.split(|byte| *byte == 0).next().unwrap_or_default();
+            String::from_utf8_lossy(device).into_owned()
+        };
+        let open = self.store.scan::<StoredHealth>(HEALTH, b"")?;
+        let open = open.into_iter().flat_map(|(key, stored)| {
+            let epoch = stored.health.epoch;
+            let books = stored.health.books.into_iter();
+            let current = books.filter(move |book| book.epoch == epoch);
+            current.map(move |book| (name(&key), book))
+        });
+        let closed = self.store.scan::<OwnedBook>(BOOKS, b"")?;
+        let closed = closed.into_iter().map(|(key, book)| (name(&key), book));
+        let all = open.chain(closed).map(|(device, book)| {
             let ledger = Ledger {
                 device: device.clone(),
                 epoch: book.epoch,
@@ -448,8 +465,9 @@ impl Fleet {
                 spooled: book.spooled,
                 ..Ledger::default()
             };
-            all.insert((device, book.epoch), ledger);
-        }
+            ((device, book.epoch), ledger)
+        });
+        let mut all: BTreeMap<_, _> = all.collect();
         for known in self.store.ledgers()? {
             let key = (known.device.clone(), known.epoch);
             let ledger = all.entry(key).or_insert_with(|| Ledger {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use device_engine::{InputError, InputSpec};
-use flywheel_models::{ModelError, NetConfig};
+use flywheel_models::{ModelError, NetConfig, Slot};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -29,6 +29,27 @@ pub struct Champion<'a> {
     pub config: &'a NetConfig,
 }
 
+/// Which part of the network is trained.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Fit {
+    /// All of it.
+    #[default]
+    Whole,
+    /// The classifier alone, on the champion's features; every other weight keeps its bits.
+    Head,
+}
+
+impl Fit {
+    /// Whether a tensor may change.
+    pub(crate) fn changes(self, slot: &Slot) -> bool {
+        match self {
+            Self::Whole => true,
+            Self::Head => slot.name.starts_with("head."),
+        }
+    }
+}
+
 /// Everything that decides the outcome of a run, besides the examples and the champion.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TrainConfig {
@@ -36,6 +57,8 @@ pub struct TrainConfig {
     pub net: NetConfig,
     /// Its preprocessing; size and channels must be the network's.
     pub input: InputSpec,
+    /// Which part of it.
+    pub fit: Fit,
     /// Seed of initial weights, sampling and augmentation.
     pub seed: u64,
     /// Optimiser steps.
@@ -68,6 +91,7 @@ impl TrainConfig {
         Self {
             net,
             input,
+            fit: Fit::Whole,
             seed,
             steps: 400,
             batch: 64,

@@ -6,11 +6,12 @@
 
 pub mod augment;
 pub mod config;
+mod head;
 mod optimiser;
 mod sampler;
 mod shard;
 mod train;
 
 pub use augment::Augment;
-pub use config::{Champion, Example, Progress, TrainConfig, TrainError, Trained};
+pub use config::{Champion, Example, Fit, Progress, TrainConfig, TrainError, Trained};
 pub use train::train;

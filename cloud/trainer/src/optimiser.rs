@@ -3,7 +3,7 @@
 //! Written here rather than taken from burn because shards are averaged in the flat vector anyway,
 //! and because the order of every addition is then fixed.
 
-use flywheel_models::{Role, Weights};
+use flywheel_models::{Role, Slot, Weights};
 
 use crate::TrainConfig;
 
@@ -39,7 +39,9 @@ impl Optimiser {
         let lr = learning_rate(&self.config, self.step);
         self.step += 1;
         let slots = weights.slots().to_vec();
-        let trained = slots.iter().filter(|slot| slot.role.trained());
+        let fit = self.config.fit;
+        let trains = |slot: &Slot| slot.role.trained() && fit.changes(slot);
+        let trained = slots.iter().filter(|slot| trains(slot));
         let square: f64 = trained
             .flat_map(|slot| &harvest[slot.range.clone()])
             .map(|g| f64::from(*g) * f64::from(*g))
@@ -49,7 +51,7 @@ impl Optimiser {
         let correct_2 = 1.0 - BETA_2.powi(self.step as i32);
         let values = weights.values_mut();
         for slot in &slots {
-            if !slot.role.trained() {
+            if !trains(slot) {
                 values[slot.range.clone()].copy_from_slice(&harvest[slot.range.clone()]);
                 continue;
             }
@@ -75,7 +77,12 @@ impl Optimiser {
 
     /// Puts the running average into `weights`.
     pub fn finish(self, weights: &mut Weights) {
-        weights.values_mut().copy_from_slice(&self.average);
+        // What did not change keeps its bits, which an average of itself need not.
+        for slot in weights.slots().to_vec() {
+            if self.config.fit.changes(&slot) {
+                weights.values_mut()[slot.range.clone()].copy_from_slice(&self.average[slot.range]);
+            }
+        }
     }
 }
 

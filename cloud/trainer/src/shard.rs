@@ -5,6 +5,8 @@
 //! burn's element-wise operations are single-threaded anyway, so that two shards side by side are
 //! faster than one batch over two threads.
 
+use std::ops::Range;
+
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{Device, Tensor, TensorData};
 use device_engine::{Frame, InputError, preprocess};
@@ -62,6 +64,20 @@ impl Shard {
     }
 }
 
+impl Shard {
+    /// Embeddings `[part, embedding]` of a part of the examples under the weights of `job`,
+    /// distorted with the seeds of its step if `distorted`.
+    pub fn embed(
+        &mut self,
+        job: &Job<'_>,
+        part: Range<usize>,
+        distorted: bool,
+    ) -> Result<Vec<f32>, TrainError> {
+        let Self { pool, canvas, .. } = self;
+        pool.install(|| job.embed(canvas, part, distorted))
+    }
+}
+
 /// What all shards of one step share.
 pub struct Job<'a> {
     /// The run.
@@ -95,12 +111,7 @@ impl Job<'_> {
             targets[i * classes + example.label as usize] += 1.0 - config.label_smoothing;
         }
         let net = self.weights.net(device);
-        let shape = [
-            picks.len(),
-            config.net.channels,
-            config.net.height,
-            config.net.width,
-        ];
+        let shape = config.net.batch_shape(picks.len());
         let images = Tensor::<4>::from_data(TensorData::new(images, shape), device);
         let targets =
             Tensor::<2>::from_data(TensorData::new(targets, [picks.len(), classes]), device);
@@ -114,6 +125,39 @@ impl Job<'_> {
             loss: sum,
             correct: self.count_correct(logits, picks),
         })
+    }
+
+    fn embed(
+        &self,
+        canvas: &mut Canvas,
+        part: Range<usize>,
+        distorted: bool,
+    ) -> Result<Vec<f32>, TrainError> {
+        let config = self.config;
+        let (len, device) = (config.net.input_len(), Device::flex());
+        let net = self.weights.frozen(&device);
+        let mut rows = Vec::with_capacity(part.len() * config.net.embedding);
+        let all: Vec<usize> = part.collect();
+        for batch in all.chunks(64) {
+            let mut images = vec![0.0; batch.len() * len];
+            for (&index, out) in batch.iter().zip(images.chunks_exact_mut(len)) {
+                let mut pixels = &*self.examples[index].pixels;
+                if distorted {
+                    let seed = seed_of(config.seed, self.step, index);
+                    pixels = canvas.draw(pixels, &config.augment, seed);
+                }
+                normalise(config, pixels, out)
+                    .map_err(|error| TrainError::Pixels { index, error })?;
+            }
+            let images = Tensor::<4>::from_data(
+                TensorData::new(images, config.net.batch_shape(batch.len())),
+                &device,
+            );
+            let data = net.forward(images).1.into_data();
+            // An embedding that is not f32 would leave rows out, which the caller's count tells.
+            rows.extend_from_slice(data.as_slice::<f32>().unwrap_or_default());
+        }
+        Ok(rows)
     }
 
     fn count_correct(&self, logits: Tensor<2>, picks: &[usize]) -> usize {

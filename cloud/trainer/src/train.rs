@@ -5,10 +5,11 @@ use std::ops::ControlFlow;
 use burn::tensor::{Device, Tensor, TensorData};
 use flywheel_models::{Weights, export};
 
+use crate::head::Features;
 use crate::optimiser::Optimiser;
 use crate::sampler::Sampler;
 use crate::shard::{Job, Outcome, Shard, argmax, normalise};
-use crate::{Champion, Example, Progress, TrainConfig, TrainError, Trained};
+use crate::{Champion, Example, Fit, Progress, TrainConfig, TrainError, Trained};
 
 /// Examples on which the training accuracy is measured, at most.
 const MEASURED: usize = 1024;
@@ -33,11 +34,23 @@ pub fn train(
             .grow(&config.net, config.seed)?,
         None => Weights::init(&config.net, config.seed)?,
     };
+    if config.fit == Fit::Head && champion.is_none() {
+        return Err(TrainError::Config {
+            field: "fit",
+            found: "head".to_owned(),
+            want: "a champion whose features are kept, or the whole network",
+        });
+    }
     let mut optimiser = Optimiser::new(config, &weights);
     let mut sampler = Sampler::new(examples, config.net.classes, config.balance, config.seed);
-    let mut shards = (0..config.shards)
-        .map(|_| Shard::new(config))
-        .collect::<Result<Vec<_>, _>>()?;
+    let mut worker = match config.fit {
+        Fit::Whole => Worker::Whole(
+            (0..config.shards)
+                .map(|_| Shard::new(config))
+                .collect::<Result<Vec<_>, _>>()?,
+        ),
+        Fit::Head => Worker::Head(Features::new(config, examples, &weights)?),
+    };
     let mut report = Progress {
         step: 0,
         steps: config.steps,
@@ -52,7 +65,10 @@ pub fn train(
             weights: &weights,
             step,
         };
-        let outcome = run_step(&mut shards, &job, &picks)?;
+        let outcome = match &mut worker {
+            Worker::Whole(shards) => run_step(shards, &job, &picks)?,
+            Worker::Head(features) => features.step(&job, &picks),
+        };
         if !outcome.loss.is_finite() || !outcome.harvest.iter().all(|value| value.is_finite()) {
             return Err(TrainError::Diverged { step });
         }
@@ -76,6 +92,12 @@ pub fn train(
         loss: report.loss,
         train_accuracy: measure(config, examples, &weights)?,
     })
+}
+
+/// What takes a step.
+enum Worker {
+    Whole(Vec<Shard>),
+    Head(Features),
 }
 
 /// Runs one batch over the shards and adds up what they found, in shard order.
@@ -132,12 +154,7 @@ fn measure(
             normalise(config, &examples[index].pixels, out)
                 .map_err(|error| TrainError::Pixels { index, error })?;
         }
-        let shape = [
-            part.len(),
-            config.net.channels,
-            config.net.height,
-            config.net.width,
-        ];
+        let shape = config.net.batch_shape(part.len());
         let images = Tensor::<4>::from_data(TensorData::new(images, shape), &device);
         let data = net.forward(images).0.into_data();
         if let Ok(values) = data.as_slice::<f32>() {

@@ -3,11 +3,11 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use cloud_trainer::{Augment, Champion, Example, TrainConfig, TrainError, Trained, train};
+use cloud_trainer::{Augment, Champion, Example, Fit, TrainConfig, TrainError, Trained, train};
 use device_engine::{
     ClassOutput, EngineKind, InputSpec, ModelBytes, ModelSpec, Output, Task, load,
 };
-use flywheel_models::{ARCH, NetConfig};
+use flywheel_models::{ARCH, NetConfig, Weights};
 
 const SIDE: usize = 16;
 
@@ -183,6 +183,36 @@ fn a_champion_learns_a_new_class_and_keeps_the_old_ones() {
     let trained = run(&new, &all, Some(start));
     assert!(accuracy(&new, &trained, &[3]) > 0.8);
     assert!(accuracy(&new, &trained, &[0, 1, 2]) > 0.85);
+}
+
+#[test]
+fn a_refit_changes_the_classifier_and_nothing_else() {
+    let old = config(3);
+    let champion = run(&old, &examples(&[0, 1, 2], 20), None);
+    let start = Champion {
+        record: &champion.record,
+        config: &old.net,
+    };
+    let new = TrainConfig {
+        fit: Fit::Head,
+        steps: 300,
+        ..config(4)
+    };
+    let all = [examples(&[0, 1, 2], 20), examples(&[3], 8)].concat();
+    let refit = run(&new, &all, Some(start));
+    let before = Weights::from_record(&old.net, &champion.record).unwrap();
+    let after = Weights::from_record(&new.net, &refit.record).unwrap();
+    for slot in before.slots() {
+        let same = before.tensor(&slot.name) == after.tensor(&slot.name);
+        assert_eq!(same, !slot.name.starts_with("head."), "{}", slot.name);
+    }
+    // Features that were learnt for three bars tell the blob from them well enough.
+    assert!(accuracy(&new, &refit, &[3]) > 0.6);
+    assert!(accuracy(&new, &refit, &[0, 1, 2]) > 0.85);
+    assert!(refit == run(&new, &all, Some(start)));
+
+    let error = train(&new, &all, None, &mut |_| ControlFlow::Continue(())).unwrap_err();
+    assert!(error.to_string().contains("fit is head"), "{error}");
 }
 
 #[test]

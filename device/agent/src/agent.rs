@@ -151,7 +151,15 @@ pub fn run_watched(
     let shadow = match &config.shadow_model {
         Some(folder) => {
             let loader = lock(&shared.models).loader();
-            Some(loader.prove_at(folder).map_err(AgentError::Shadow)?)
+            match loader.prove_at(folder) {
+                Ok(runner) => Some(runner),
+                // A rotated release key must not end an agent in the field.
+                Err(error) if error.is_unsigned() => {
+                    tracing::error!(%error, "running without the second model");
+                    None
+                }
+                Err(error) => return Err(AgentError::Shadow(error)),
+            }
         }
         None => None,
     };

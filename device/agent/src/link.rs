@@ -364,7 +364,7 @@ impl Link {
                 self.reporter.new_connection();
                 self.installer.new_connection();
                 // Before anything that the cloud answers with an offer.
-                lock(&self.shared.models).trust().new_connection();
+                lock(&self.shared.models).trust().refresh();
                 self.attest().await;
                 self.drive(Event::Welcomed).await;
             }
@@ -394,6 +394,7 @@ impl Link {
                 let updated = lock(&self.shared.models).update_root(signed);
                 match updated {
                     Ok(()) => {
+                        lock(&self.shared.models).trust().refresh();
                         let trusted = lock(&self.shared.models).trusted();
                         let actions = self.installer.step(&self.shared, trusted);
                         self.perform_slot(actions).await;

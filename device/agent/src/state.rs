@@ -1,11 +1,12 @@
-//! What the agent remembers: the boot epoch, the slot record and the accounts of the spool in sled,
-//! and how far the source was read in a file of its own ([`crate::position`]).
+//! What the agent remembers: the slot record and the accounts of the spool in sled, the boot epoch
+//! and how far the source was read ([`crate::position`]) in files of their own.
 //!
 //! sled keeps writes in the memory of the process until it is flushed, so `kill -9` loses what was
 //! not. Whatever later decisions rely on is therefore flushed by the function that writes it.
 
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -15,6 +16,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::files;
 use crate::position::{Position, PositionFile};
 use crate::shared::lock as lock_mutex;
 use crate::source::content_hash;
@@ -91,6 +93,7 @@ const ACCOUNTS: &str = "spool accounts";
 pub struct State {
     db: sled::Db,
     path: PathBuf,
+    epoch_path: PathBuf,
     position: Mutex<PositionFile>,
     position_path: PathBuf,
     /// What the position file said when it was opened.
@@ -103,15 +106,10 @@ impl State {
     pub fn open(data: &Path) -> Result<Self, StateError> {
         let lock = lock(data)?;
         let path = data.join("state");
-        let db = sled::Config::new()
-            .path(&path)
-            .cache_capacity(4 << 20)
-            .mode(sled::Mode::LowSpace)
-            .open()
-            .map_err(|source| StateError::Database {
-                path: path.clone(),
-                source,
-            })?;
+        let db = open_database(&path).map_err(|source| StateError::Database {
+            path: path.clone(),
+            source,
+        })?;
         let position_path = data.join("position");
         let (position, last) =
             PositionFile::open(&position_path).map_err(|source| StateError::Io {
@@ -121,6 +119,7 @@ impl State {
         let mut state = Self {
             db,
             path,
+            epoch_path: data.join("epoch"),
             position: Mutex::new(position),
             position_path,
             last,
@@ -150,12 +149,23 @@ impl State {
         }))
     }
 
-    /// Takes the next boot epoch, above `floor` in any case. It is durable on return.
+    /// Takes the next boot epoch, above `floor` in any case. It is durable on return, and in a file
+    /// of its own: an epoch that came twice would make the cloud take new samples for old ones.
     pub fn next_epoch(&self, floor: u32) -> Result<u32, StateError> {
-        let last: u32 = self.get(EPOCH)?.unwrap_or(0);
+        let io = |source| StateError::Io {
+            path: self.epoch_path.clone(),
+            source,
+        };
+        let last: u32 = match fs::read_to_string(&self.epoch_path) {
+            Ok(text) => text.trim().parse().map_err(|_| StateError::Malformed {
+                path: self.epoch_path.clone(),
+                key: EPOCH,
+            })?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => self.get(EPOCH)?.unwrap_or(0),
+            Err(error) => return Err(io(error)),
+        };
         let epoch = last.max(floor) + 1;
-        self.put(EPOCH, &epoch)?;
-        self.flush()?;
+        files::replace(&self.epoch_path, format!("{epoch}\n").as_bytes()).map_err(io)?;
         Ok(epoch)
     }
 
@@ -296,6 +306,34 @@ impl State {
     }
 }
 
+/// Opens the database; one that is damaged is set aside. sled does not survive every `kill -9`, and
+/// a device must start whatever happened: the spool's own files then say what it holds.
+fn open_database(path: &Path) -> Result<sled::Db, sled::Error> {
+    let open = || {
+        let config = sled::Config::new()
+            .path(path)
+            .cache_capacity(4 << 20)
+            .mode(sled::Mode::LowSpace);
+        // Of some kinds of damage sled says nothing but panics.
+        catch_unwind(AssertUnwindSafe(|| config.open()))
+            .unwrap_or_else(|_| Err(sled::Error::ReportableBug("it panicked".to_owned())))
+    };
+    match open() {
+        Err(error) if !matches!(error, sled::Error::Io(_)) => {
+            let aside = path.with_extension("damaged");
+            tracing::error!(%error, aside = %aside.display(), "the state database is damaged; it is set aside");
+            match fs::remove_dir_all(&aside) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(sled::Error::Io(error));
+                }
+                _ => fs::rename(path, &aside)?,
+            }
+            open()
+        }
+        opened => opened,
+    }
+}
+
 fn lock(data: &Path) -> Result<File, StateError> {
     let path = data.join("LOCK");
     let io = |source| StateError::Io {
@@ -382,9 +420,21 @@ mod tests {
         let state = State::open(folder.path()).unwrap();
         assert_eq!(state.next_epoch(0).unwrap(), 3);
         drop(state);
+        // An empty file in place of the database is what a kill was seen to leave, or nearly.
+        for damage in ["", "nonsense"] {
+            std::fs::write(folder.path().join("state/conf"), damage).unwrap();
+            let state = State::open(folder.path()).unwrap();
+            let last = state.next_epoch(0).unwrap();
+            assert!(last > 3, "{last}");
+            assert!(state.ledger().unwrap().load().unwrap().is_empty());
+        }
         std::fs::remove_dir_all(folder.path().join("state")).unwrap();
         let state = State::open(folder.path()).unwrap();
-        assert_eq!(state.next_epoch(3).unwrap(), 4);
+        assert_eq!(state.next_epoch(0).unwrap(), 6);
+        assert_eq!(state.next_epoch(9).unwrap(), 10);
+        std::fs::write(folder.path().join("epoch"), "x").unwrap();
+        let error = state.next_epoch(0).unwrap_err().to_string();
+        assert!(error.contains("boot epoch"), "{error}");
     }
 
     #[test]

@@ -17,7 +17,7 @@ use crate::clock::Moment;
 use crate::state::{State, StateError};
 use crate::{files, identity, wire};
 
-/// The cloud is not asked more often than this in milliseconds, but for once on each connection.
+/// Offers make the device ask no more often than this in milliseconds.
 const ASK_AGAIN_MS: u64 = 10_000;
 
 /// Why an answer of the cloud is not taken.
@@ -84,8 +84,9 @@ impl Trust {
         self.time.now(&self.root, now.wall_ms, now.mono_ms)
     }
 
-    /// The cloud is to be asked on this connection.
-    pub fn new_connection(&mut self) {
+    /// The cloud is to be asked now: on each connection, and after each newer root, under which time
+    /// has to be attested again.
+    pub fn refresh(&mut self) {
         self.wanted = true;
         self.nonce = None;
         self.asked_ms = None;
@@ -163,5 +164,156 @@ impl Trust {
             self.time = time;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ed25519_dalek::SigningKey;
+    use flywheel_shared::trust::{Keys, Role, TimeStamp, sign};
+
+    use super::*;
+    use crate::identity::TrustBytes;
+
+    fn public(key: &SigningKey) -> [u8; 32] {
+        key.verifying_key().to_bytes()
+    }
+
+    fn key(seed: u8) -> SigningKey {
+        SigningKey::from_bytes(&[seed; 32])
+    }
+
+    fn root(version: u32, rollout: &SigningKey) -> TrustRoot {
+        TrustRoot {
+            version,
+            issued_ms: 1_000,
+            expires_ms: u64::MAX,
+            root: Keys::one(public(&key(1))),
+            release: public(&key(2)),
+            rollout: public(rollout),
+            min_sequence: 0,
+        }
+    }
+
+    fn sealed(root: &TrustRoot) -> Vec<u8> {
+        let body = wire::bytes(root);
+        let signature = sign(Role::Root, &key(1), &body);
+        wire::bytes(&SignedRoot {
+            body: &body,
+            signatures: &[&public(&key(1))[..], &signature].concat(),
+        })
+    }
+
+    fn at(mono_ms: u64, wall_ms: Option<u64>) -> Moment {
+        Moment { wall_ms, mono_ms }
+    }
+
+    struct Device {
+        data: tempfile::TempDir,
+        state: Arc<State>,
+        id: DeviceId,
+    }
+
+    impl Device {
+        fn new() -> Self {
+            let data = tempfile::tempdir().unwrap();
+            std::fs::create_dir_all(identity::folder(data.path())).unwrap();
+            Self {
+                state: Arc::new(State::open(data.path()).unwrap()),
+                data,
+                id: "cam1".parse().unwrap(),
+            }
+        }
+
+        fn trust(&self, root: TrustRoot) -> Trust {
+            Trust::open(self.data.path(), root, &self.state).unwrap()
+        }
+
+        fn answer(&self, trust: &mut Trust, by: &SigningKey, ask: Attest, now_ms: u64) -> bool {
+            let body = wire::bytes(&TimeStamp {
+                device: self.id.clone(),
+                nonce: ask.nonce,
+                now_ms,
+            });
+            let signature = sign(Role::Time, by, &body);
+            let signed = Signed {
+                body: &body,
+                signature: &signature,
+            };
+            trust.answer(&self.id, signed, at(50, None)).is_ok()
+        }
+    }
+
+    #[test]
+    fn a_newer_root_replaces_the_stored_one_and_an_older_one_does_not() {
+        let device = Device::new();
+        let mut trust = device.trust(root(1, &key(3)));
+        let second = root(2, &key(4));
+        let bytes = sealed(&second);
+        trust
+            .update(SignedRoot::from_bytes(&bytes).unwrap())
+            .unwrap();
+        assert_eq!(trust.root(), &second);
+        let path = identity::trust_file(device.data.path());
+        let stored = std::fs::read(&path).unwrap();
+        assert_eq!(TrustBytes::verify(stored, &path).unwrap().1, second);
+        for (version, error) in [
+            (1, TrustError::OldRoot),
+            (2, TrustError::OldRoot),
+            (4, TrustError::SkippedRoot),
+        ] {
+            let bytes = sealed(&root(version, &key(5)));
+            let update = trust.update(SignedRoot::from_bytes(&bytes).unwrap());
+            assert!(matches!(update, Err(UpdateError::Refused(e)) if e == error));
+        }
+        assert_eq!(trust.root(), &second);
+    }
+
+    #[test]
+    fn a_root_that_cannot_be_stored_does_not_hold() {
+        let device = Device::new();
+        let mut trust = device.trust(root(1, &key(3)));
+        std::fs::remove_dir_all(identity::folder(device.data.path())).unwrap();
+        let bytes = sealed(&root(2, &key(4)));
+        let update = trust.update(SignedRoot::from_bytes(&bytes).unwrap());
+        assert!(matches!(update, Err(UpdateError::Io { .. })));
+        assert_eq!(trust.root().version, 1);
+    }
+
+    #[test]
+    fn each_question_has_a_nonce_of_its_own_and_one_answer() {
+        let device = Device::new();
+        let mut trust = device.trust(root(1, &key(3)));
+        assert_eq!(trust.question(0), None);
+        trust.refresh();
+        let first = trust.question(0).unwrap();
+        assert_eq!((first.root_version, trust.question(1)), (1, None));
+        // Not again at once, unless the connection is new.
+        assert!(!trust.want(9_999));
+        assert!(trust.want(10_000));
+        let second = trust.question(10_000).unwrap();
+        assert_ne!(first.nonce, second.nonce);
+        assert!(!device.answer(&mut trust, &key(3), first, 5_000));
+        assert!(!device.answer(&mut trust, &key(9), second, 5_000));
+        assert_eq!(trust.now(at(50, None)), None);
+        assert!(device.answer(&mut trust, &key(3), second, 5_000));
+        assert_eq!(trust.now(at(60, None)), Some(5_010));
+        assert!(!device.answer(&mut trust, &key(3), second, 5_000));
+    }
+
+    #[test]
+    fn the_time_floor_outlives_a_restart_and_a_clock_set_back_is_not_believed() {
+        let device = Device::new();
+        let mut trust = device.trust(root(1, &key(3)));
+        trust.heard(7_000).unwrap();
+        trust.heard(6_000).unwrap();
+        let trust = device.trust(root(1, &key(3)));
+        assert_eq!(trust.now(at(0, None)), None);
+        assert_eq!(trust.now(at(0, Some(6_999))), None);
+        assert_eq!(trust.now(at(0, Some(7_000))), Some(7_000));
+        // Under another rollout key the floor is the root's.
+        let trust = device.trust(root(2, &key(4)));
+        assert_eq!(trust.now(at(0, Some(1_000))), Some(1_000));
+        assert_eq!(trust.now(at(0, Some(999))), None);
     }
 }

@@ -23,7 +23,6 @@
 //! | [`trigger`] | whether the frame is worth its upload, and in which lane |
 //! | [`spool`] | what is kept in NOR flash until the cloud has it |
 //! | [`uplink`] | when to connect, send, wait, resend and change transport |
-//! | [`transfer`] | when a model comes too slowly to go on with |
 //! | [`slot`] | whether an offered model becomes the live one |
 #![no_std]
 #![forbid(unsafe_code)]
@@ -46,6 +45,5 @@ pub mod sketch;
 pub mod slot;
 pub mod spool;
 pub mod thermal;
-pub mod transfer;
 pub mod trigger;
 pub mod uplink;

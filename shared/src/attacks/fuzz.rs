@@ -17,9 +17,9 @@ use crate::trust::{
 };
 
 /// One in so many inputs goes through signature checks as it is.
-const CHECKED: u64 = 64;
+const CHECKED: u64 = 256;
 /// One in so many is signed anew first.
-const SIGNED: u64 = 128;
+const SIGNED: u64 = 512;
 /// Bytes at which parsers stumble.
 const INTERESTING: [u8; 8] = [0x00, 0x01, 0x7f, 0x80, 0x81, 0xfe, 0xff, 0x05];
 
@@ -48,12 +48,9 @@ impl Outcome {
     }
 }
 
-/// Something that was changed was believed.
-#[derive(Clone, Debug)]
-pub struct Escape {
-    /// The body.
-    pub body: Vec<u8, BODY>,
-}
+/// Something that was changed was believed; [`Fuzzer::escaped`] has its body.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Escape;
 
 /// The fuzzer.
 pub struct Fuzzer {
@@ -65,6 +62,7 @@ pub struct Fuzzer {
     root: SealedRoot,
     wire: Vec<u8, BODY>,
     keeper: Timekeeper,
+    escaped: Vec<u8, BODY>,
 }
 
 impl Fuzzer {
@@ -91,6 +89,7 @@ impl Fuzzer {
             root,
             wire,
             keeper: Timekeeper::default(),
+            escaped: Vec::new(),
         })
     }
 
@@ -139,6 +138,11 @@ impl Fuzzer {
         })
     }
 
+    /// The body that was believed, after an [`Escape`].
+    pub fn escaped(&self) -> &[u8] {
+        &self.escaped
+    }
+
     /// Genuine messages with anything changed: refused whatever it is.
     fn as_it_is(&mut self) -> Result<Outcome, Escape> {
         let which = [Which::Manifest, Which::Offer, Which::Time, Which::Root];
@@ -158,7 +162,10 @@ impl Fuzzer {
         let verdict = self.verdict(which, &body, &signature, &signatures);
         match verdict {
             Err(error) => Ok(Outcome::Refused(error)),
-            Ok(()) if changed => Err(Escape { body }),
+            Ok(()) if changed => {
+                self.escaped = body;
+                Err(Escape)
+            }
             Ok(()) => Ok(Outcome::Believed),
         }
     }

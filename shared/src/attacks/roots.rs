@@ -69,7 +69,11 @@ pub fn attack_key_compromise_threshold(bench: &mut Bench<'_>) -> Result<(), Surp
     let mut moved = SealedRoot::of(&other, &[a, b, c]);
     moved.body = SealedRoot::of(&next, &[]).body;
     bench.refused(world.trust.update(moved.signed()))?;
-    // Two stolen keys of five, where three must agree: enough of neither.
+    // A device that was made to hold a root with one key named twice still counts it once.
+    let mut doubled = world.trust.clone();
+    doubled.root.keys[1] = doubled.root.keys[0];
+    bench.refused(doubled.update(SealedRoot::of(&next, &[a, b]).signed()))?;
+    // All keys are replaced: too few of the old, or of the new.
     let new = [key(21), key(22), key(23)];
     let mut replaced = world.next();
     replaced.root.keys.clear();
@@ -112,7 +116,8 @@ pub fn attack_key_compromise_threshold(bench: &mut Bench<'_>) -> Result<(), Surp
 pub fn attack_key_compromise_duplicate_keys(bench: &mut Bench<'_>) -> Result<(), Surprise> {
     let world = bench.world;
     let [a, b, c] = &world.root;
-    let doubles: [(&dyn Fn(&mut TrustRoot), &[&SigningKey]); 5] = [
+    type Spoil<'a> = &'a dyn Fn(&mut TrustRoot);
+    let doubles: [(Spoil<'_>, &[&SigningKey]); 5] = [
         (&|root| root.root.keys[1] = root.root.keys[0], &[a, b, c]),
         (&|root| root.root.keys[2] = root.root.keys[0], &[a, b, c]),
         (&|root| root.release = root.rollout, &[a, b]),

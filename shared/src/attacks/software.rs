@@ -113,6 +113,13 @@ const ORDER: [u8; 32] = [
     0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x10,
 ];
 
+/// The second half of a signature by the release key of "any body" as a manifest, whose first half is
+/// the identity: s = k·a satisfies s·B = R + k·A, and only strict checks refuse it.
+const IDENTITY_S: [u8; 32] = [
+    0x66, 0xd2, 0x17, 0x87, 0xde, 0xa6, 0x9c, 0x66, 0x77, 0x00, 0xdf, 0xca, 0xe9, 0x78, 0xfd, 0x39,
+    0xb2, 0x49, 0xfd, 0xf3, 0x23, 0x4f, 0xaa, 0xb7, 0xdb, 0x64, 0xcd, 0xce, 0x5d, 0x46, 0xb8, 0x0f,
+];
+
 /// A second signature made from the first, and ones with a small point in place of R.
 pub fn attack_arbitrary_software_malleable_signature(
     bench: &mut Bench<'_>,
@@ -141,7 +148,12 @@ pub fn attack_arbitrary_software_malleable_signature(
         small[..32].copy_from_slice(&point);
         bench.refused(judge(&small))?;
     }
-    Ok(())
+    let mut identity = [0u8; 64];
+    identity[0] = 1;
+    identity[32..].copy_from_slice(&IDENTITY_S);
+    let digest = Digest::of(b"any body");
+    let key = &world.trust.release;
+    bench.refused(check(Role::Release, key, &digest, &identity))
 }
 
 /// The right body under a key that is not believed, and the right key's signature of another body.

@@ -223,7 +223,8 @@ impl World {
         );
         std::fs::create_dir_all(dir)?;
         let data = dir.join("cloud");
-        flywheel::keys::init(&dir.join("keys"))?;
+        let fresh = flywheel::keys::Plan::new(flywheel::service::now_ms());
+        flywheel::keys::init(&dir.join("keys"), &fresh)?;
         let mut serve = flags(&[
             "serve",
             "--data",

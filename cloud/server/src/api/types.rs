@@ -93,6 +93,9 @@ pub struct DeviceView {
     pub transport: Option<String>,
     /// When it was last heard, Unix milliseconds.
     pub last_seen_ms: Option<u64>,
+    /// Version of its trust root when it asked last, since the server started.
+    #[serde(default)]
+    pub root_version: Option<u32>,
     /// Its hardware class.
     pub hardware: String,
     /// Its source of frames.
@@ -328,6 +331,8 @@ pub struct TrainRequest {
     pub steps: Option<u32>,
     /// Start from fresh weights even if there is a champion.
     pub scratch: Option<bool>,
+    /// Fit the classifier alone, on the champion's features: seconds, and a small update.
+    pub head: Option<bool>,
 }
 
 /// Judges a model on the golden set, through the device's engine.

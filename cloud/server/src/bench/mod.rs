@@ -1,7 +1,8 @@
 //! `flywheel bench`: what is claimed of the device's decisions, measured with the device's own
-//! code on data that nobody here made; and of rollouts, measured on a simulated fleet.
+//! code on data that nobody here made; of the server's speed; and of rollouts, on a simulated fleet.
 
 mod flagging;
+mod ingest;
 mod latency;
 mod pictures;
 pub(crate) mod rollout;
@@ -14,6 +15,7 @@ use anyhow::Result;
 use clap::Subcommand;
 
 pub use flagging::FlaggingArgs;
+pub use ingest::IngestArgs;
 pub use latency::LatencyArgs;
 pub use rollout::RolloutArgs;
 
@@ -27,6 +29,9 @@ pub enum BenchCommand {
     /// How long scoring and triggering one frame take, beside a plain softmax.
     #[command(after_help = "Example: flywheel bench score --json")]
     Score(LatencyArgs),
+    /// How many samples a second devices get stored, by each transport, beside plain tools.
+    #[command(after_help = "Example: flywheel bench ingest --kib 10 --seconds 10 --json")]
+    Ingest(IngestArgs),
     /// Rollouts over a large simulated fleet: a good model, a bad one, and one under kills, losses
     /// and a partition; and how fast offers are made. Exit code 3 if a bound is missed.
     #[command(after_help = "Example: flywheel bench rollout --devices 10000 --json")]
@@ -41,6 +46,7 @@ pub fn run(command: BenchCommand) -> Result<ExitCode> {
     match command {
         BenchCommand::Flagging(args) => flagging::run(&args)?,
         BenchCommand::Score(args) => latency::run(&args)?,
+        BenchCommand::Ingest(args) => ingest::run(&args)?,
         BenchCommand::Rollout(args) => return rollout::run(&args),
     }
     Ok(ExitCode::SUCCESS)

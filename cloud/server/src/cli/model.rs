@@ -34,6 +34,10 @@ pub struct TrainArgs {
     /// Start from fresh weights instead of the champion's.
     #[arg(long)]
     scratch: bool,
+    /// Fit the classifier alone, on the champion's features: seconds instead of minutes, and a
+    /// small update for devices.
+    #[arg(long, conflicts_with = "scratch")]
+    head: bool,
 }
 
 /// Arguments of `flywheel eval`.
@@ -119,6 +123,7 @@ pub fn train(args: &TrainArgs, connection: &Connection) -> Result<ExitCode> {
             seed: Some(args.seed),
             steps: args.steps,
             scratch: Some(args.scratch),
+            head: Some(args.head),
         },
     )?;
     let job = follow(&client, &job.id, &bar("train")?)?;

@@ -6,7 +6,7 @@
 
 mod chaos;
 mod labeller;
-mod processes;
+pub(crate) mod processes;
 mod report;
 mod world;
 
@@ -31,6 +31,7 @@ use crate::cli::rollout::tally;
 use crate::cli::{EXIT_NEGATIVE, data::percent_encode, format, model as model_cli};
 use crate::client::{ADDRESS_FILE, Client, ClientError, TOKEN_FILE};
 use crate::keys;
+use crate::service::now_ms;
 use chaos::Chaos;
 use labeller::Labeller;
 use processes::{Process, Spec};
@@ -97,6 +98,9 @@ pub struct DemoArgs {
     /// Optimiser steps of each training run; chosen from the data if absent.
     #[arg(long)]
     steps: Option<u32>,
+    /// From this round on fit the classifier alone: seconds instead of a minute, and less learnt.
+    #[arg(long, value_name = "ROUND", value_parser = clap::value_parser!(u32).range(1..))]
+    refit_from: Option<u32>,
     /// Scale of the first labelled sets and the held-out set.
     #[arg(long, default_value_t = 1.0, hide = true)]
     scale: f64,
@@ -244,15 +248,7 @@ impl Demo {
         let logs = dir.join("logs");
         std::fs::create_dir_all(&logs)
             .with_context(|| format!("cannot create {}", logs.display()))?;
-        keys::init(
-            &keys_dir,
-            &keys::Plan {
-                now_ms: crate::service::now_ms(),
-                days: 1,
-                roots: None,
-                min_sequence: None,
-            },
-        )?;
+        keys::init(&keys_dir, &keys::Plan::new(now_ms()))?;
         let server = Process::start(Spec {
             name: "server".to_owned(),
             args: [
@@ -543,6 +539,7 @@ impl Demo {
                 seed: Some(self.args.seed.wrapping_add(u64::from(number))),
                 steps: self.args.steps,
                 scratch: Some(scratch),
+                head: Some(self.args.refit_from.is_some_and(|from| number >= from)),
             },
         )?;
         let candidate = self.finish(&job, "train")?;

@@ -78,6 +78,11 @@ impl Process {
         self.restarts.load(Ordering::Relaxed)
     }
 
+    /// Its process id now.
+    pub fn pid(&self) -> u32 {
+        lock(&self.child).id()
+    }
+
     /// Its name.
     pub fn name(&self) -> &str {
         &self.spec.name

@@ -383,3 +383,31 @@ async fn a_device_that_falls_silent_behind_the_broker_counts_as_gone_until_it_sp
     world.ingest.set_broker(None);
     assert_eq!(connected(&cam1.id), None);
 }
+
+#[tokio::test]
+async fn a_question_is_answered_with_the_newer_roots_and_then_the_time() {
+    let world = World::new();
+    let cam1 = world.enroll("cam1");
+    let root = postcard::to_extend(
+        &trust::SignedRoot {
+            body: b"root 2",
+            signatures: &[3; 96],
+        },
+        Vec::new(),
+    )
+    .unwrap();
+    // A damaged one is left out; the device asks again from where it is.
+    *world.wishes.roots.lock().unwrap() = vec![root, b"damaged".to_vec()];
+    let ask = up(&Up::Attest(Attest {
+        nonce: 9,
+        root_version: 1,
+    }));
+    let answers = send(&world, &cam1.id, &ask).await;
+    assert_eq!(answers.len(), 2);
+    with_down(&answers[0], |down| {
+        assert!(matches!(down, Down::Root(root) if root.body == b"root 2"));
+    });
+    with_down(&answers[1], |down| {
+        assert!(matches!(down, Down::Time(time) if time.body == b"cam1 9 1"));
+    });
+}

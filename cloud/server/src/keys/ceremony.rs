@@ -34,6 +34,18 @@ pub struct Plan {
     pub min_sequence: Option<u64>,
 }
 
+impl Plan {
+    /// Five years from now, everything else as before.
+    pub fn new(now_ms: u64) -> Self {
+        Self {
+            now_ms,
+            days: 1825,
+            roots: None,
+            min_sequence: None,
+        }
+    }
+}
+
 /// Which keys a new trust root replaces.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
@@ -51,7 +63,7 @@ pub enum Change {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// It is in `trust.bin`, to be published.
-    Signed(Trust),
+    Signed(Box<Trust>),
     /// So many more of the old and of the new root keys must sign `trust.partial`.
     Partial {
         /// Its version.
@@ -215,7 +227,7 @@ fn conclude(dir: &Path, old: &Trust, next: &TrustRoot, bytes: Vec<u8>) -> Result
                 fs::remove_file(&partial)
                     .with_context(|| format!("cannot remove {}", partial.display()))?;
             }
-            Ok(Outcome::Signed(Trust::read(bytes)?))
+            Ok(Outcome::Signed(Box::new(Trust::read(bytes)?)))
         }
         Err(TrustError::Threshold) => {
             let missing = |keys: &Keys| {

@@ -36,7 +36,7 @@ impl Folder {
 
 fn signed(outcome: Outcome) -> Trust {
     match outcome {
-        Outcome::Signed(trust) => trust,
+        Outcome::Signed(trust) => *trust,
         partial => panic!("not signed: {partial:?}"),
     }
 }

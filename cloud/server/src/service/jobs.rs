@@ -260,6 +260,7 @@ fn run(
                     seed: request.seed.unwrap_or(0),
                     steps: request.steps,
                     scratch: request.scratch.unwrap_or(false),
+                    head: request.head.unwrap_or(false),
                 },
                 progress,
             )?

@@ -1,6 +1,7 @@
 //! The trust roots of the fleet: every version that devices may have to walk through, the rollout
 //! key that the newest one names, and what that key signs.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -35,6 +36,8 @@ pub struct Roots {
     /// Folder with the rollout key, which is read again when a root names another one.
     keys: PathBuf,
     current: Mutex<Current>,
+    /// The version that each device had when it asked last, since the server started.
+    seen: Mutex<BTreeMap<DeviceId, u32>>,
 }
 
 impl Roots {
@@ -88,6 +91,7 @@ impl Roots {
                 bytes: newest.bytes,
                 rollout,
             }),
+            seen: Mutex::default(),
         }))
     }
 
@@ -112,6 +116,11 @@ impl Roots {
         let current = lock(&self.current);
         let signature = current.rollout.sign(message).to_bytes();
         (current.root.rollout, signature)
+    }
+
+    /// The version that a device had when it asked last; `None` if it has not since the server started.
+    pub fn version_of(&self, device: &DeviceId) -> Option<u32> {
+        lock(&self.seen).get(device).copied()
     }
 
     /// Every root, oldest first.
@@ -174,6 +183,7 @@ impl Roots {
         attest: &Attest,
         now_ms: u64,
     ) -> Result<Attested, Fault> {
+        lock(&self.seen).insert(device.clone(), attest.root_version);
         let roots = self.above(attest.root_version)?;
         let stamp = TimeStamp {
             device: device.clone(),
@@ -229,4 +239,146 @@ fn view(bytes: Vec<u8>) -> Result<RootView, Fault> {
         min_sequence: root.min_sequence,
         root_hex: hex::encode(&trust.bytes),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use flywheel_shared::trust::verify;
+
+    use super::*;
+    use crate::keys::{Change, Outcome, Plan};
+
+    struct World {
+        dir: tempfile::TempDir,
+    }
+
+    impl World {
+        fn new() -> Self {
+            let world = Self {
+                dir: tempfile::tempdir().unwrap(),
+            };
+            keys::init(&world.keys(), &plan()).unwrap();
+            world
+        }
+
+        fn keys(&self) -> PathBuf {
+            self.dir.path().join("keys")
+        }
+
+        fn open(&self) -> Result<Arc<Roots>> {
+            let store = Store::open(&self.dir.path().join("data"))?;
+            Roots::open(store, &self.keys())
+        }
+
+        fn rotate(&self, change: &Change) -> keys::Trust {
+            match keys::rotate(&self.keys(), change, &plan(), &[]).unwrap() {
+                Outcome::Signed(trust) => *trust,
+                partial => panic!("{partial:?}"),
+            }
+        }
+    }
+
+    fn plan() -> Plan {
+        Plan {
+            now_ms: 1_000,
+            days: 10,
+            roots: None,
+            min_sequence: None,
+        }
+    }
+
+    #[test]
+    fn roots_are_published_in_order_and_handed_to_devices_that_lack_them() {
+        let world = World::new();
+        let roots = world.open().unwrap();
+        let second = world.rotate(&Change::Release);
+        let third = world.rotate(&Change::Rollout);
+        let skipped = roots.publish(third.bytes.clone()).unwrap_err().to_string();
+        assert!(skipped.contains("takes version 2 next"), "{skipped}");
+        roots.publish(second.bytes.clone()).unwrap();
+        let again = roots.publish(second.bytes.clone()).unwrap_err();
+        assert!(
+            matches!(&again, Fault::Invalid(why) if why.contains("error 14")),
+            "{again}"
+        );
+        roots.publish(third.bytes.clone()).unwrap();
+        assert_eq!(roots.root(), third.root);
+        assert_eq!(roots.list().unwrap().len(), 3);
+
+        let device: DeviceId = "cam1".parse().unwrap();
+        let ask = Attest {
+            nonce: 5,
+            root_version: 1,
+        };
+        assert_eq!(roots.version_of(&device), None);
+        let attested = roots.attest(&device, &ask, 77).unwrap();
+        assert_eq!(roots.version_of(&device), Some(1));
+        assert_eq!(attested.roots, [second.bytes, third.bytes.clone()]);
+        let signed = flywheel_shared::trust::Signed {
+            body: &attested.time,
+            signature: &attested.time_signature,
+        };
+        let stamp = verify::<TimeStamp>(Role::Time, &third.root.rollout, signed).unwrap();
+        assert_eq!((stamp.nonce, stamp.now_ms), (5, 77));
+        drop(roots);
+        // What was published holds over a restart.
+        let roots = world.open().unwrap();
+        assert_eq!((roots.root(), roots.bytes()), (third.root, third.bytes));
+    }
+
+    #[test]
+    fn a_rollout_key_that_the_server_lacks_is_asked_for_first() {
+        let world = World::new();
+        let roots = world.open().unwrap();
+        let second = world.rotate(&Change::Rollout);
+        let key = world.keys().join("rollout.2.key");
+        let away = world.dir.path().join("away.key");
+        std::fs::rename(&key, &away).unwrap();
+        let refused = roots.publish(second.bytes.clone()).unwrap_err();
+        assert!(
+            matches!(&refused, Fault::Conflict(why) if why.contains("key folder")),
+            "{refused}"
+        );
+        assert_eq!(roots.root().version, 1);
+        std::fs::rename(&away, &key).unwrap();
+        assert_eq!(roots.publish(second.bytes).unwrap().version, 2);
+    }
+
+    #[test]
+    fn a_folder_that_is_ahead_is_followed_and_one_of_another_fleet_is_refused() {
+        let world = World::new();
+        drop(world.open().unwrap());
+        world.rotate(&Change::Rollout);
+        let third = world.rotate(&Change::Root(Vec::new()));
+        let roots = world.open().unwrap();
+        assert_eq!(roots.root(), third.root);
+        assert_eq!(roots.list().unwrap().len(), 3);
+        drop(roots);
+
+        std::fs::remove_dir_all(world.keys()).unwrap();
+        keys::init(&world.keys(), &plan()).unwrap();
+        let key_gone = world.open().err().unwrap().to_string();
+        assert!(key_gone.contains("rollout key"), "{key_gone}");
+        world.rotate(&Change::Nothing);
+        world.rotate(&Change::Nothing);
+        let other = format!("{:#}", world.open().err().unwrap());
+        assert!(other.contains("another fleet"), "{other}");
+    }
+
+    #[test]
+    fn nothing_that_is_not_a_root_is_published() {
+        let world = World::new();
+        let roots = world.open().unwrap();
+        let second = world.rotate(&Change::Nothing);
+        for bit in 0..second.bytes.len() * 8 {
+            let mut bytes = second.bytes.clone();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            assert!(
+                matches!(roots.publish(bytes), Err(Fault::Invalid(_))),
+                "{bit}"
+            );
+        }
+        assert_eq!(roots.root().version, 1);
+        roots.publish(second.bytes).unwrap();
+    }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use cloud_core::calibrate;
 use cloud_core::dataset::{Manifest, Split as Share};
-use cloud_trainer::{Champion, Example, TrainConfig};
+use cloud_trainer::{Champion, Example, Fit, TrainConfig};
 use flywheel_models::NetConfig;
 use flywheel_shared::ids::Digest;
 use flywheel_shared::spec::{Golden, InputSpec};
@@ -26,6 +26,8 @@ use crate::store::Store;
 const DEVICE_WEIGHT: f32 = 3.0;
 /// The same for a picture that nobody labelled: less than a label is worth.
 const PSEUDO_WEIGHT: f32 = 1.5;
+/// Steps of a refit, which cost next to nothing.
+const HEAD_STEPS: usize = 2000;
 /// Values of the embedding.
 const EMBEDDING: usize = 64;
 /// Largest side of a model's input that is chosen by itself.
@@ -44,6 +46,8 @@ pub struct Run {
     pub steps: Option<u32>,
     /// Start from fresh weights.
     pub scratch: bool,
+    /// Fit the classifier alone, on the champion's features.
+    pub head: bool,
 }
 
 /// The services that training reads from and writes to.
@@ -126,8 +130,16 @@ impl Stations<'_> {
             }
         };
         let mut config = TrainConfig::new(net, input, run.seed);
+        if run.head {
+            if champion.is_none() {
+                return Err(Fault::Invalid(
+                    "only a champion whose classes come first in the dataset can be refitted; train without `head`".to_owned(),
+                ));
+            }
+            config.fit = Fit::Head;
+        }
         config.steps = run.steps.map_or_else(
-            || steps_for(train.len(), champion.is_some()),
+            || steps_for(train.len(), champion.is_some(), config.fit),
             |steps| steps as usize,
         );
         let labelled = train.iter().map(|labelled| match labelled.from_device {
@@ -350,7 +362,10 @@ pub fn fresh_net<'a>(
 }
 
 /// Steps of a run that was not told: passes over the data, within bounds that keep a round short.
-fn steps_for(examples: usize, fine_tune: bool) -> usize {
+fn steps_for(examples: usize, fine_tune: bool, fit: Fit) -> usize {
+    if fit == Fit::Head {
+        return HEAD_STEPS;
+    }
     let passes = if fine_tune { 75 } else { 25 };
     (examples * passes / 64).clamp(300, 2800)
 }
@@ -404,9 +419,9 @@ mod tests {
 
     #[test]
     fn steps_grow_with_the_data_within_bounds() {
-        assert_eq!(steps_for(10, true), 300);
-        assert_eq!(steps_for(100_000, false), 2800);
-        assert!(steps_for(1_500, true) > steps_for(500, true));
+        assert_eq!(steps_for(10, true, Fit::Whole), 300);
+        assert_eq!(steps_for(100_000, false, Fit::Whole), 2800);
+        assert!(steps_for(1_500, true, Fit::Whole) > steps_for(500, true, Fit::Whole));
     }
 
     #[test]

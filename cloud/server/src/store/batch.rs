@@ -1,8 +1,9 @@
 //! Changes to records and event streams that are made together or not at all.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::StoreError;
+use super::log::MAX_ENTRY;
 
 /// Several puts, deletes and events; see [`super::Store::write`].
 #[derive(Clone, Debug, Default)]
@@ -10,22 +11,36 @@ pub struct Batch {
     changes: Vec<Change>,
 }
 
-/// One change.
-#[derive(Clone, Debug)]
+/// One change, as it stands in the log. Variants are numbered by order: append only.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Change {
+    /// 0.
     Put {
         tree: String,
         key: Vec<u8>,
         value: Vec<u8>,
     },
-    Delete {
-        tree: String,
-        key: Vec<u8>,
-    },
+    /// 1.
+    Delete { tree: String, key: Vec<u8> },
+    /// 2.
     Event {
         stream: String,
+        /// Given by the committer before the change is logged, so that applying it twice changes
+        /// nothing.
+        number: u64,
         value: Vec<u8>,
     },
+}
+
+impl Change {
+    /// About its length in the log.
+    fn len(&self) -> usize {
+        match self {
+            Self::Put { tree, key, value } => tree.len() + key.len() + value.len(),
+            Self::Delete { tree, key } => tree.len() + key.len(),
+            Self::Event { stream, value, .. } => stream.len() + value.len(),
+        }
+    }
 }
 
 impl Batch {
@@ -67,6 +82,7 @@ impl Batch {
     ) -> Result<&mut Self, StoreError> {
         self.changes.push(Change::Event {
             stream: checked(stream)?,
+            number: 0,
             value: json(stream, event)?,
         });
         Ok(self)
@@ -74,6 +90,34 @@ impl Batch {
 
     pub(super) fn changes(&self) -> &[Change] {
         &self.changes
+    }
+
+    pub(super) fn changes_mut(&mut self) -> &mut [Change] {
+        &mut self.changes
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.changes.is_empty()
+    }
+
+    /// About its length in the log.
+    pub(super) fn len(&self) -> usize {
+        self.changes.iter().map(|change| change.len() + 16).sum()
+    }
+
+    /// Whether it fits one entry of the log, which is what makes it happen all or not at all.
+    pub(super) fn fits(&self) -> Result<(), StoreError> {
+        if self.len() < MAX_ENTRY {
+            return Ok(());
+        }
+        let named = self.changes.first().map(|change| match change {
+            Change::Put { tree, .. } | Change::Delete { tree, .. } => tree.as_str(),
+            Change::Event { stream, .. } => stream.as_str(),
+        });
+        Err(StoreError::Record {
+            tree: named.unwrap_or_default().to_owned(),
+            why: format!("the changes exceed {MAX_ENTRY} bytes; make fewer at a time"),
+        })
     }
 }
 

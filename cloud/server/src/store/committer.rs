@@ -2,13 +2,14 @@
 //! to the index, and only then answers: the more that comes at once, the less each costs.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use flywheel_shared::ids::DeviceId;
 use flywheel_shared::message;
 
-use super::batch::Batch;
+use super::batch::{Batch, Change};
 use super::index::{Head, Index, View, encode, is_known};
 use super::log::Log;
 use super::{StoreError, Traffic};
@@ -89,6 +90,9 @@ pub(super) enum Job {
     Commit(Commit, Reply<()>),
     /// Change records and streams; answered with the numbers of the events.
     Write(Batch, Reply<Vec<u64>>),
+    /// Change records in the index alone; an empty batch is answered once everything before it is
+    /// on the medium.
+    Note(Batch, Reply<()>),
 }
 
 /// Counters that wait to be added to the index.
@@ -113,75 +117,87 @@ impl Committer {
             }
             self.commit(group);
         }
-        // Counters are the only thing that may still be in memory alone.
-        let flushed = self.apply(&[], &[], &[]).and_then(|_| self.index.barrier());
+        // Notes and counters are all that may still be in memory alone.
+        let flushed = self
+            .apply(&[], &[], &[])
+            .and_then(|()| self.index.barrier());
         if let Err(error) = flushed {
             tracing::error!(%error, "the index could not be flushed at the end");
         }
     }
 
     fn commit(&mut self, group: Vec<Job>) {
-        let (mut commits, mut writes, mut write_replies) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut commits, mut writes, mut notes) = (Vec::new(), Vec::new(), Vec::new());
         for job in group {
             match job {
                 Job::Commit(commit, reply) => commits.push((commit, reply)),
-                Job::Write(batch, reply) => {
-                    writes.push(batch);
-                    write_replies.push(reply);
-                }
+                Job::Write(batch, reply) => writes.push((batch, reply)),
+                Job::Note(batch, reply) => notes.push((batch, reply)),
             }
         }
-        let selected = self
-            .recover_if_failed()
-            .and_then(|()| self.select(&commits));
-        let entries = match selected {
-            Ok(entries) => entries,
-            Err(error) => {
-                for (_, reply) in commits {
-                    reply(Err(error.clone()));
-                }
-                for reply in write_replies {
-                    reply(Err(error.clone()));
-                }
-                return;
-            }
-        };
-        let payloads: Vec<_> = entries.iter().flatten().cloned().collect();
-        let appended = if payloads.is_empty() {
-            Ok(Vec::new())
-        } else {
-            self.log.append(&payloads)
-        };
-        let positions = appended.as_deref().unwrap_or_default();
-        // After a failed append no payload has a position, and only the writes are applied.
-        let applied = self.apply(positions, &payloads, &writes).or_else(|error| {
-            tracing::warn!(%error, "the index failed; opening it again");
-            self.index.recover(&self.log)?;
-            self.apply(positions, &payloads, &writes)
-        });
+        let outcome = self.store(&commits, &mut writes, &notes);
         // A commit without an entry may repeat one of this group, so it shares the outcome.
         for (_, reply) in commits {
-            reply(match (&appended, &applied) {
-                (Err(error), _) | (_, Err(error)) => Err(error.clone()),
-                (Ok(_), Ok(_)) => Ok(()),
-            });
+            reply(outcome.clone());
         }
-        if write_replies.is_empty() {
-            return;
+        for (batch, reply) in writes {
+            reply(outcome.clone().map(|()| numbers(&batch)));
         }
-        let numbers = applied.and_then(|numbers| self.index.barrier().map(|()| numbers));
-        match numbers {
-            Ok(numbers) => {
-                for (reply, numbers) in write_replies.into_iter().zip(numbers) {
-                    reply(Ok(numbers));
+        let flush = notes.iter().any(|(batch, _)| batch.is_empty());
+        let noted = match outcome {
+            // What is noted does not need the log.
+            Err(StoreError::Full { .. }) => self.apply_notes(&notes),
+            outcome => outcome,
+        };
+        let noted = noted.and_then(|()| if flush { self.index.barrier() } else { Ok(()) });
+        for (_, reply) in notes {
+            reply(noted.clone());
+        }
+    }
+
+    /// Makes a group durable and applies it to the index.
+    fn store(
+        &mut self,
+        commits: &[(Commit, Reply<()>)],
+        writes: &mut [(Batch, Reply<Vec<u64>>)],
+        notes: &[(Batch, Reply<()>)],
+    ) -> Result<(), StoreError> {
+        self.recover_if_failed()?;
+        self.number(writes)?;
+        let mut payloads = self.select(commits)?;
+        for (batch, _) in &*writes {
+            let changes = batch.changes().to_vec();
+            payloads.push(encode("log", &Head::Write { changes })?);
+        }
+        let positions = if payloads.is_empty() {
+            Vec::new()
+        } else {
+            self.log.append(&payloads)?
+        };
+        self.apply(&positions, &payloads, notes).or_else(|error| {
+            tracing::warn!(%error, "the index failed; opening it again");
+            // This applies what is in the log already.
+            self.index.recover(&self.log)?;
+            self.apply_notes(notes)
+        })
+    }
+
+    /// Gives the events of a group their numbers.
+    fn number(&self, writes: &mut [(Batch, Reply<Vec<u64>>)]) -> Result<(), StoreError> {
+        let mut next = BTreeMap::<String, u64>::new();
+        for (batch, _) in writes {
+            for change in batch.changes_mut() {
+                if let Change::Event { stream, number, .. } = change {
+                    let next = match next.entry(stream.clone()) {
+                        Entry::Occupied(entry) => entry.into_mut(),
+                        Entry::Vacant(entry) => entry.insert(self.index.next_event(stream)?),
+                    };
+                    *number = *next;
+                    *next += 1;
                 }
             }
-            Err(error) => {
-                for reply in write_replies {
-                    reply(Err(error.clone()));
-                }
-            }
         }
+        Ok(())
     }
 
     fn recover_if_failed(&self) -> Result<(), StoreError> {
@@ -192,9 +208,9 @@ impl Committer {
         Ok(())
     }
 
-    /// The log entry of each commit; none where every record is known, so that a device that never
-    /// heard an acknowledgement does not grow the log.
-    fn select(&self, commits: &[(Commit, Reply<()>)]) -> Result<Vec<Option<Vec<u8>>>, StoreError> {
+    /// The log entries of the commits; none where every record is known, so that a device that
+    /// never heard an acknowledgement does not grow the log.
+    fn select(&self, commits: &[(Commit, Reply<()>)]) -> Result<Vec<Vec<u8>>, StoreError> {
         let mut ledgers = BTreeMap::new();
         let mut entries = Vec::with_capacity(commits.len());
         for (commit, _) in commits {
@@ -208,7 +224,6 @@ impl Committer {
             };
             let fresh = commit.numbers.iter().any(|seq| !is_known(ledger, *seq));
             if !fresh {
-                entries.push(None);
                 continue;
             }
             // Loss or sample does not matter here: what counts is that the number is taken.
@@ -221,45 +236,58 @@ impl Committer {
             };
             let mut payload = encode("log", &head)?;
             payload.extend_from_slice(&commit.batch);
-            entries.push(Some(payload));
+            entries.push(payload);
         }
         Ok(entries)
     }
 
-    /// One atomic step of the index: log entries, writes and counters. Returns the event numbers
-    /// of each write.
+    /// One atomic step of the index: log entries, notes and counters.
     fn apply(
         &self,
         positions: &[u64],
         payloads: &[Vec<u8>],
-        writes: &[Batch],
-    ) -> Result<Vec<Vec<u64>>, StoreError> {
+        notes: &[(Batch, Reply<()>)],
+    ) -> Result<(), StoreError> {
         // Held until they are in the index, so that a reader finds each count in one place.
         let mut counters = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
-        let numbers = self.index.with(|db| {
+        self.index.with(|db| {
             let mut view = View::new(db);
             for (position, payload) in positions.iter().zip(payloads) {
                 view.apply_entry(*position, payload)?;
             }
-            let numbers = writes.iter().map(|write| view.apply_batch(write));
-            let numbers = numbers.collect::<Result<Vec<_>, _>>()?;
+            for (batch, _) in notes {
+                view.apply_changes(batch.changes());
+            }
             for (device, traffic) in &*counters {
                 view.add_traffic(device, traffic)?;
             }
             view.set_applied(self.log.end());
-            view.commit()?;
-            Ok(numbers)
+            view.commit()
         })?;
         counters.clear();
-        Ok(numbers)
+        Ok(())
     }
+
+    fn apply_notes(&self, notes: &[(Batch, Reply<()>)]) -> Result<(), StoreError> {
+        self.apply(&[], &[], notes)
+    }
+}
+
+/// The numbers of a batch's events.
+fn numbers(batch: &Batch) -> Vec<u64> {
+    let events = batch.changes().iter().filter_map(|change| match change {
+        Change::Event { number, .. } => Some(*number),
+        _ => None,
+    });
+    events.collect()
 }
 
 impl Job {
     fn len(&self) -> usize {
         match self {
             Self::Commit(commit, _) => commit.batch.len(),
-            Self::Write(..) => 0,
+            Self::Write(batch, _) => batch.len(),
+            Self::Note(..) => 0,
         }
     }
 }

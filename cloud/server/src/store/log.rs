@@ -1,6 +1,6 @@
-//! The commit log: the truth about what was ingested. Every accepted batch is appended to it as it
-//! was signed, and synced, before anyone is told; the index is derived from it and catches up
-//! after a crash.
+//! The commit log: the truth. Every accepted batch is appended to it as it was signed, and every
+//! change of a record and every event as it was made, and synced, before anyone is told; the index
+//! is derived from it, catches up after a crash, and is made anew if it is damaged.
 //!
 //! A position is a byte offset over all segments, so it only rises and never moves. A segment is
 //! named by the position of its first byte and starts with eight bytes of magic; envelopes follow.
@@ -20,8 +20,9 @@ use super::disk::{Disk, DiskFile};
 const MAGIC: &[u8; 8] = b"FWLOG\0\0\x01";
 /// A new segment is begun once the last one is this long, in bytes.
 const SEGMENT: u64 = 64 * 1024 * 1024;
-/// Longest payload of one envelope in the log, in bytes: a message and what ingest adds.
-pub(super) const MAX_ENTRY: usize = flywheel_shared::MAX_MESSAGE + 1024;
+/// Longest payload of one envelope in the log, in bytes: far more than a message, for changes that
+/// are made together.
+pub(super) const MAX_ENTRY: usize = 32 * 1024 * 1024;
 
 /// The open segments, shared between the writer and all readers.
 #[derive(Clone, Default)]

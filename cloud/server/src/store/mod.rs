@@ -1,5 +1,5 @@
-//! What the cloud remembers, on one machine: a commit log of signed batches, an index derived from
-//! it, small records and event streams, and content-addressed blobs.
+//! What the cloud remembers, on one machine: a commit log of signed batches, records and events, an
+//! index derived from it, and content-addressed blobs.
 //!
 //! Layout of the data folder: `LOCK`, `log/`, `index/` (sled), `blobs/`. The promise is the same
 //! for all of it: what a call has answered `Ok` for survives a kill or a power cut at any moment,
@@ -168,8 +168,7 @@ impl Store {
         fs::create_dir_all(dir).map_err(|error| StoreError::io(dir, &error))?;
         let lock = lock(dir)?;
         let log = Log::open(disk.clone(), &dir.join("log"))?;
-        let index = Arc::new(Index::open(&dir.join("index"))?);
-        index.catch_up(&log)?;
+        let index = Arc::new(Index::open(&dir.join("index"), &log)?);
         let blobs = Blobs::open(disk, &dir.join("blobs"))?;
         let segments = log.segments();
         let pending = Arc::new(Pending::default());
@@ -237,20 +236,38 @@ impl Store {
 
     /// Makes several changes, all or nothing; returns the numbers of the events among them.
     pub fn write(&self, batch: Batch) -> Result<Vec<u64>, StoreError> {
-        let (done, outcome) = mpsc::sync_channel(1);
-        self.submit(Job::Write(
-            batch,
-            Box::new(move |result| {
-                // The caller waits below, so it is there.
-                let _ = done.send(result);
-            }),
-        ));
-        outcome.recv().unwrap_or(Err(StoreError::Closed))
+        batch.fits()?;
+        if batch.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.ask(|reply| Job::Write(batch, reply))
     }
 
-    /// Returns once everything written before is on the medium.
+    /// Puts records in the index alone: for what comes again by itself, such as a device's health,
+    /// and would only grow the log. Lost if the index has to be made anew.
+    pub fn note(&self, batch: Batch) -> Result<(), StoreError> {
+        if batch.is_empty() {
+            return Ok(());
+        }
+        self.ask(|reply| Job::Note(batch, reply))
+    }
+
+    /// Returns once everything before it, notes and counters as well, is on the medium.
     pub fn flush(&self) -> Result<(), StoreError> {
-        self.write(Batch::new()).map(drop)
+        self.ask(|reply| Job::Note(Batch::new(), reply))
+    }
+
+    /// Gives the committer a job and waits for its answer.
+    fn ask<T: Send + 'static>(
+        &self,
+        job: impl FnOnce(committer::Reply<T>) -> Job,
+    ) -> Result<T, StoreError> {
+        let (done, outcome) = mpsc::sync_channel(1);
+        self.submit(job(Box::new(move |result| {
+            // The caller waits below, so it is there.
+            let _ = done.send(result);
+        })));
+        outcome.recv().unwrap_or(Err(StoreError::Closed))
     }
 
     /// Appends an event to a stream; returns its number, from 0.
@@ -309,12 +326,7 @@ impl Store {
 
     /// [`Store::commit`] for code that may block.
     pub fn commit_blocking(&self, commit: Commit) -> Result<(), StoreError> {
-        let (done, outcome) = mpsc::sync_channel(1);
-        self.commit(commit, move |result| {
-            // The caller waits below, so it is there.
-            let _ = done.send(result);
-        });
-        outcome.recv().unwrap_or(Err(StoreError::Closed))
+        self.ask(|reply| Job::Commit(commit, reply))
     }
 
     /// Up to `limit` samples in the order in which they were committed, after a cursor; 0 is
@@ -396,7 +408,7 @@ impl Store {
         drop(jobs);
         match refused {
             None => {}
-            Some(Job::Commit(_, reply)) => reply(Err(StoreError::Closed)),
+            Some(Job::Commit(_, reply) | Job::Note(_, reply)) => reply(Err(StoreError::Closed)),
             Some(Job::Write(_, reply)) => reply(Err(StoreError::Closed)),
         }
     }

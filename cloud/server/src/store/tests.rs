@@ -122,20 +122,75 @@ fn a_lost_or_stale_index_is_made_good_from_the_log() {
     let store = Store::open(dir.path()).unwrap();
     commit(&store, "cam1", 1, &[sample(1, b"a"), loss(2)]).unwrap();
     drop(store);
-    copy(&dir.path().join("index"), stale.path());
+    copy(&dir.path().join("index"), &stale.path().join("index"));
     let store = Store::open(dir.path()).unwrap();
     commit(&store, "cam1", 1, &[sample(3, b"c")]).unwrap();
     commit(&store, "cam2", 1, &[sample(1, b"d")]).unwrap();
-    let before = contents(&store);
+    store.put("a", b"gone", &1).unwrap();
+    store.append_events("s", &["first", "second"]).unwrap();
+    let mut batch = Batch::new();
+    batch.put("a", b"k", &2).unwrap();
+    batch.delete("a", b"gone").unwrap();
+    batch.event("s", "third").unwrap();
+    assert_eq!(store.write(batch).unwrap(), [2]);
+    let written = |store: &Store| {
+        let records = store.scan::<i32>("a", b"").unwrap();
+        (records, store.events::<String>("s", 0).unwrap())
+    };
+    let before = (contents(&store), written(&store));
+    assert_eq!(before.1.1.len(), 3);
     drop(store);
-    for replacement in [None, Some(stale.path())] {
-        fs::remove_dir_all(dir.path().join("index")).unwrap();
-        if let Some(from) = replacement {
-            copy(from, &dir.path().join("index"));
-        }
+    let index = dir.path().join("index");
+    let saved = stale.path().join("log");
+    copy(&dir.path().join("log"), &saved);
+    // Damage as it was seen after a kill, and worse.
+    let ways: [&dyn Fn(); 5] = [
+        &|| fs::remove_dir_all(&index).unwrap(),
+        &|| {
+            fs::remove_dir_all(&index).unwrap();
+            copy(&stale.path().join("index"), &index);
+        },
+        &|| fs::write(index.join("db"), b"").unwrap(),
+        &|| fs::write(index.join("conf"), b"nonsense").unwrap(),
+        &|| {
+            let len = fs::metadata(index.join("db")).unwrap().len();
+            fs::write(index.join("db"), vec![0xa5; len as usize]).unwrap();
+        },
+    ];
+    for damage in ways {
+        damage();
         let store = Store::open(dir.path()).unwrap();
-        assert_eq!(contents(&store), before);
+        assert_eq!((contents(&store), written(&store)), before);
+        // And numbers go on.
+        let mut batch = Batch::new();
+        batch.event("s", "next").unwrap();
+        assert_eq!(store.write(batch).unwrap(), [3]);
+        drop(store);
+        fs::remove_dir_all(dir.path().join("log")).unwrap();
+        copy(&saved, &dir.path().join("log"));
+        fs::remove_dir_all(&index).unwrap();
+        drop(Store::open(dir.path()).unwrap());
     }
+}
+
+#[test]
+fn what_is_noted_is_not_in_the_log() {
+    let dir = TempDir::new().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let log = dir.path().join("log/0000000000000000.seg");
+    let before = fs::metadata(&log).unwrap().len();
+    let mut notes = Batch::new();
+    notes.put("health", b"cam1", &1).unwrap();
+    store.note(notes).unwrap();
+    store.flush().unwrap();
+    assert_eq!(fs::metadata(&log).unwrap().len(), before);
+    drop(store);
+    let store = Store::open(dir.path()).unwrap();
+    assert_eq!(store.get::<i32>("health", b"cam1").unwrap(), Some(1));
+    let mut long = Batch::new();
+    long.put("a", b"k", &"x".repeat(40 << 20)).unwrap();
+    let error = store.write(long).unwrap_err().to_string();
+    assert!(error.contains("fewer at a time"), "{error}");
 }
 
 #[test]

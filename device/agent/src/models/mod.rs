@@ -59,6 +59,11 @@ pub enum LoadError {
 }
 
 impl LoadError {
+    /// Whether the release key that is believed now did not sign it.
+    pub fn is_unsigned(&self) -> bool {
+        matches!(self, Self::Package(error) if error.trust() == Some(TrustError::BadSignature))
+    }
+
     /// What the slot is told.
     pub fn slot_error(&self) -> SlotError {
         match self {
