@@ -435,6 +435,180 @@ impl Device {
     }
 }
 
+/// A model of the labelled pictures, promoted whatever the gate says of so short a training.
+fn promoted(cloud: &Cloud, dataset: &str, seed: &str) -> Result<String> {
+    let args = [
+        "train",
+        "--dataset",
+        dataset,
+        "--steps",
+        "40",
+        "--seed",
+        seed,
+    ];
+    let model = cloud.json(&args)?;
+    let model = model["id"].as_str().context("no model id")?.to_owned();
+    // Exit code 3 when the gate refuses it, which is as good here.
+    cloud
+        .flywheel
+        .run(&["eval", &model, "--data", &cloud.data()])?;
+    let keys = cloud.path("keys");
+    let force = ["--force", "a test of what comes after"];
+    cloud.run(&[&["model", "promote", &model, "--keys", &keys][..], &force].concat())?;
+    Ok(model)
+}
+
+#[test]
+fn a_rollout_halts_and_its_devices_go_back_without_anybody() -> Result<()> {
+    let mut cloud = Cloud::start()?;
+    let dir = cloud.dir.path().to_owned();
+    pictures("sim:roads?seed=1", 120, &dir.join("train"))?;
+    pictures("sim:roads?seed=2&mix=balanced", 60, &dir.join("golden"))?;
+    for set in ["train", "golden"] {
+        cloud.run(&["dataset", "import", &cloud.path(set), "--split", set])?;
+    }
+    let dataset = cloud.json(&["dataset", "freeze"])?;
+    let dataset = dataset["id"].as_str().context("no dataset id")?.to_owned();
+    let first = promoted(&cloud, &dataset, "1")?;
+
+    // Two devices of a site, by label; a third that is not of it.
+    let mut devices = std::collections::BTreeMap::new();
+    for id in ["cam1", "cam2", "cam3"] {
+        let device = Device::enroll(&cloud, id, "pace = \"max\"")?;
+        let agent = device.start(&cloud)?;
+        devices.insert(id.to_owned(), (device, agent));
+        if id != "cam3" {
+            cloud.run(&["device", "tag", id, "site=yard"])?;
+        }
+    }
+    let bad = cloud.fail(1, &["device", "tag", "cam1", "site=a?b"])?;
+    assert!(bad.contains("label"), "{bad}");
+    wait_until("all devices are known", || {
+        let known = cloud.json(&["device", "ls"])?;
+        let all = known.as_array().context("no list")?;
+        Ok(all.iter().all(|device| device["frame"].as_u64() > Some(0)))
+    })?;
+    let yard = ["--to", "label.site=yard"];
+    cloud.run(&[&["rollout", "start", &first, "--policy", "all"][..], &yard].concat())?;
+    assert!(cloud.run(&["rollout", "watch"])?.contains("2 confirmed"));
+    assert_eq!(cloud.json(&["device", "show", "cam3"])?["sequence"], 0);
+    // It joins later and gets the right model.
+    cloud.run(&["device", "tag", "cam3", "site=yard"])?;
+    wait_until("the late device has the model", || {
+        Ok(cloud.json(&["device", "show", "cam3"])?["sequence"] == 1)
+    })?;
+
+    let second = promoted(&cloud, &dataset, "2")?;
+    let policy = cloud.path("night.toml");
+    std::fs::write(&policy, "name = \"night\"\ncanery = 1\n")?;
+    let start = [
+        &["rollout", "start", "champion", "--policy", &policy][..],
+        &yard,
+    ]
+    .concat();
+    let refused = cloud.fail(1, &start)?;
+    assert!(refused.contains("canery"), "{refused}");
+    std::fs::write(
+        &policy,
+        "name = \"night\"\ncanary = 1\n[gate]\nsoak_s = 86400\nmax_restarts = 0\n",
+    )?;
+    let plan = cloud.json(
+        &[
+            &["rollout", "plan", "champion", "--policy", &policy][..],
+            &yard,
+        ]
+        .concat(),
+    )?;
+    assert_eq!(plan["waves"].as_array().map(Vec::len), Some(2));
+    assert_eq!((&plan["sequence"], &plan["back"]), (&2.into(), &3.into()));
+    let canary = plan["waves"][0][0]
+        .as_str()
+        .context("no canary")?
+        .to_owned();
+    assert_eq!(
+        cloud.json(&["rollout", "ls"])?.as_array().map(Vec::len),
+        Some(1)
+    );
+    cloud.run(&start)?;
+    let state = |cloud: &Cloud| cloud.json(&["rollout", "status"]);
+    wait_until("the canary has confirmed", || {
+        Ok(state(&cloud)?["devices"][&canary]["state"] == "confirmed")
+    })?;
+    let silent = cloud.fail(1, &["rollout", "pause", "2", "--reason", " "])?;
+    assert!(silent.contains("say why"), "{silent}");
+    cloud.run(&["rollout", "pause", "2", "--reason", "storm"])?;
+    // A controller that is killed goes on where it was.
+    cloud.server.kill();
+    cloud.server = start_server(&cloud.flywheel, &dir)?;
+    assert_eq!(state(&cloud)?["state"], "paused");
+    cloud.run(&["rollout", "resume", "2"])?;
+    assert!(
+        state(&cloud)?["waits_for"]
+            .as_str()
+            .is_some_and(|why| why.starts_with("soaking"))
+    );
+
+    // The canary goes down and comes up again: once more than the policy allows.
+    let (device, agent) = devices.get_mut(&canary).context("the canary is a device")?;
+    agent.kill();
+    *agent = device.start(&cloud)?;
+    wait_until("the rollout has halted", || {
+        Ok(state(&cloud)?["state"] == "halted")
+    })?;
+    wait_until("the canary is back", || {
+        Ok(state(&cloud)?["devices"][&canary]["state"] == "returned")
+    })?;
+    cloud.fail(3, &["rollout", "watch"])?;
+    let ended = state(&cloud)?;
+    assert!(
+        ended["reason"]
+            .as_str()
+            .is_some_and(|why| why.contains("restarted")),
+        "{ended}"
+    );
+    let others = ended["devices"].as_object().context("no devices")?.iter();
+    let mut others = others.filter(|(id, _)| **id != canary);
+    assert!(
+        others.all(|(_, device)| device["state"] == "pending"),
+        "{ended}"
+    );
+    // It runs the first model again, released once more, and so the next one is trained from that.
+    let back = cloud.json(&["device", "show", &canary])?;
+    assert_eq!(
+        (&back["sequence"], &back["model"]),
+        (&3.into(), &first.clone().into())
+    );
+    assert_eq!(cloud.json(&["model", "show", "champion"])?["id"], first);
+    assert_ne!(first, second);
+
+    let keys = cloud.path("keys");
+    let log = cloud.run(&["rollout", "log", "--rollout", "2"])?;
+    for words in [
+        "started",
+        "paused: storm",
+        "halted",
+        "the champion again",
+        "offered to",
+    ] {
+        assert!(log.contains(words), "{words}: {log}");
+    }
+    let verified = cloud.json(&["rollout", "log", "--verify", "--keys", &keys])?;
+    assert_eq!(verified["valid"], true);
+    let digest = verified["digest"].as_str().context("no digest")?;
+    cloud.run(&[
+        "rollout",
+        "log",
+        "--verify",
+        "--keys",
+        &keys,
+        "--contains",
+        digest,
+    ])?;
+    let forged = "00".repeat(32);
+    cloud.fail(3, &["rollout", "log", "--verify", "--key", &forged])?;
+    Ok(())
+}
+
 #[test]
 fn bad_input_gets_a_clear_error() -> Result<()> {
     let cloud = Cloud::start()?;

@@ -129,6 +129,20 @@ pub fn drift(
     })
 }
 
+/// The test on two samples in any order; `None` when either has fewer than [`MIN_ROWS`] values.
+#[must_use]
+pub fn ks(a: &[f32], b: &[f32]) -> Option<Ks> {
+    if a.len().min(b.len()) < MIN_ROWS {
+        return None;
+    }
+    let sorted = |of: &[f32]| {
+        let mut of = of.to_vec();
+        of.sort_unstable_by(f32::total_cmp);
+        of
+    };
+    Some(ks_sorted(&sorted(a), &sorted(b)))
+}
+
 /// The test on two sorted, non-empty samples.
 fn ks_sorted(a: &[f32], b: &[f32]) -> Ks {
     let (n, m) = (a.len() as f64, b.len() as f64);

@@ -1,188 +1,185 @@
-//! Who gets a released model next. The planner is a function of stored state, inventory and time:
-//! the executor carries out its offers, records what devices report, and asks again; after a crash
-//! at any step it asks again just the same.
+//! Who gets a released model next, and who goes back to the one before. The planner is a function
+//! of stored state, inventory, measurements and time: the executor stores its decisions, carries
+//! them out, records what devices report, and asks again; after a crash at any step it asks again
+//! just the same.
 //!
-//! Canaries come first, and nobody else is offered the model before every canary has confirmed it.
-//! A canary that gives it up halts the rollout; later, more than `max_failed` failures do. A halt
-//! needs no flag: it follows from the recorded failures.
+//! Canaries come first, and nobody else is offered the model before the gate behind their wave
+//! passes; then wave by wave. Too many failures, or a measurement beyond its limit, halt the
+//! rollout for good, and the devices that took the model are offered the one before.
 
+mod gate;
+mod plan;
 mod policy;
+mod progress;
+mod selector;
 
-pub use policy::{Policy, Share};
+pub use gate::Confidence;
+pub use policy::{DriftGate, Gate, Policy, Share};
+pub use progress::{Member, Progress, Report};
+pub use selector::Selector;
 
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use thiserror::Error;
 
 /// A device as the server knows it now.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Device {
     /// Its id.
     pub id: String,
     /// Its group; canaries are spread over groups.
     pub group: String,
+    /// What the operator tagged it with.
+    pub labels: BTreeMap<String, String>,
+    /// Hardware class.
+    pub hardware: String,
+    /// Name of its engine.
+    pub engine: String,
     /// Sequence of its live model.
     pub sequence: u64,
     /// Whether it can be offered anything now.
     pub online: bool,
-}
-
-/// How far one device is.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Progress {
-    /// Not offered yet.
-    #[default]
-    Pending,
-    /// Offered, no answer yet.
-    Offered {
-        /// When last, in ms since the Unix epoch.
-        at_ms: u64,
-    },
-    /// Fetching or fetched.
-    Staged {
-        /// When last heard of, in ms since the Unix epoch.
-        at_ms: u64,
-    },
-    /// Running beside the live model.
-    Trial {
-        /// When last heard of, in ms since the Unix epoch.
-        at_ms: u64,
-    },
-    /// Live.
-    Confirmed,
-    /// Given up after staging; the old model is live.
-    Reverted {
-        /// The device's reason.
-        reason: String,
-    },
-    /// Refused, or could not be staged.
-    Failed {
-        /// The device's reason.
-        reason: String,
-    },
-    /// Taken out by the operator.
-    Excluded,
-}
-
-impl Progress {
-    /// The name used in reports.
-    #[must_use]
-    pub const fn name(&self) -> &'static str {
-        match self {
-            Self::Pending => "pending",
-            Self::Offered { .. } => "offered",
-            Self::Staged { .. } => "staged",
-            Self::Trial { .. } => "trial",
-            Self::Confirmed => "confirmed",
-            Self::Reverted { .. } => "reverted",
-            Self::Failed { .. } => "failed",
-            Self::Excluded => "excluded",
-        }
-    }
-
-    const fn failure(&self) -> Option<&String> {
-        match self {
-            Self::Reverted { reason } | Self::Failed { reason } => Some(reason),
-            _ => None,
-        }
-    }
-
-    const fn is_settled(&self) -> bool {
-        matches!(
-            self,
-            Self::Confirmed | Self::Reverted { .. } | Self::Failed { .. } | Self::Excluded
-        )
-    }
-
-    const fn is_under_way(&self) -> bool {
-        matches!(
-            self,
-            Self::Offered { .. } | Self::Staged { .. } | Self::Trial { .. }
-        )
-    }
-}
-
-/// What a device reported of the model. A refusal that a fresh offer cures (an expired offer) is
-/// no report: leave it out and the offer is made again.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Report {
-    /// It is fetching or has fetched it.
-    Staged,
-    /// It runs beside the live model.
-    Trial,
-    /// It is live.
-    Confirmed,
-    /// It was given up after staging.
-    Reverted(String),
-    /// It was refused or could not be staged.
-    Failed(String),
+    /// Since it was heard, in ms.
+    pub silent_ms: u64,
+    /// Its boots so far.
+    pub restarts: u32,
+    /// Frames that it could not read.
+    pub skipped: u64,
 }
 
 /// What the operator wants.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Control {
     /// Go on.
     #[default]
     Running,
-    /// Offer nothing for now.
+    /// Offer nothing for now; too many failures still halt.
     Paused,
-    /// Offer nothing any more.
-    Aborted,
 }
 
-/// The stored state of a rollout.
+/// How a rollout ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Rollout {
-    /// Sequence of the model.
-    pub sequence: u64,
-    /// The rules.
-    pub policy: Policy,
-    /// Device ids by wave, the canaries first; fixed at the start. Devices enrolled later belong
-    /// to the last wave.
-    pub waves: Vec<Vec<String>>,
-    /// How far each device is; absent is pending.
-    pub progress: BTreeMap<String, Progress>,
-    /// What the operator wants.
-    pub control: Control,
-}
-
-/// Where a rollout stands.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum State {
-    /// This wave is under way, 0 for the canaries.
-    Running {
-        /// The wave.
-        wave: usize,
-    },
-    /// Every device has confirmed, but for those excluded and the failures within the limit.
+#[serde(rename_all = "snake_case")]
+pub enum End {
+    /// Every device has confirmed, but for those excluded, those away, and the failures within the
+    /// limit.
     Confirmed,
     /// Too much failed.
     Halted {
-        /// Who and why.
+        /// What, in words.
         reason: String,
     },
-    /// The operator stopped it for good.
-    Aborted,
-    /// The operator stopped it for now.
-    Paused,
-}
-
-/// Something the executor should do.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Action {
-    /// Offer the model to this device, then call [`Rollout::offered`].
-    Offer {
-        /// The device's id.
-        device: String,
+    /// The operator stopped it.
+    Aborted {
+        /// Why.
+        reason: String,
     },
 }
 
-/// What to do now, and where the rollout stands.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// Where a rollout stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum State {
+    /// This wave is open, 0 for the canaries, and the next one waits for something.
+    Running {
+        /// The wave.
+        wave: u32,
+        /// What is waited for, in words.
+        waits_for: String,
+    },
+    /// The operator stopped it for now.
+    Paused {
+        /// The wave.
+        wave: u32,
+    },
+    /// It has ended, and so many devices are to go back to the model before.
+    Returning {
+        /// Devices.
+        left: usize,
+    },
+    /// It has ended, and nothing is left to do.
+    Ended,
+}
+
+/// What a rollout is and where it stands, but for its devices.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Head {
+    /// Sequence of the model.
+    pub sequence: u64,
+    /// Sequence under which the model before was released again; `None` when there was none.
+    pub back: Option<u64>,
+    /// The rules.
+    pub policy: Policy,
+    /// Which devices.
+    pub selector: Selector,
+    /// Waves, the canaries counted.
+    pub waves: u32,
+    /// The open wave.
+    pub wave: u32,
+    /// Since when, in ms since the Unix epoch.
+    pub opened_ms: u64,
+    /// The wave whose gate the operator forced.
+    pub forced_wave: Option<u32>,
+    /// What the operator wants.
+    pub control: Control,
+    /// How it ended, if it has.
+    pub end: Option<End>,
+    /// Whether devices go back to the model before.
+    pub returning: bool,
+}
+
+/// The stored state of a rollout.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rollout {
+    /// All but the devices.
+    pub head: Head,
+    /// The devices by id. Who is in which wave is fixed at the start; devices that join later
+    /// belong to the last wave.
+    pub members: BTreeMap<String, Member>,
+}
+
+/// Something that is decided, to be stored with [`Rollout::decide`] and then done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Decision {
+    /// These devices came later and belong to the last wave.
+    Join {
+        /// Their ids.
+        devices: Vec<String>,
+    },
+    /// This device runs the model, as its health says; its report is still to come.
+    Seen {
+        /// Its id.
+        device: String,
+    },
+    /// The next wave opens.
+    Open {
+        /// Which.
+        wave: u32,
+        /// Why, in words.
+        reason: String,
+    },
+    /// Offer the model to this device.
+    Offer {
+        /// Its id.
+        device: String,
+        /// Its boots so far.
+        boots: u32,
+    },
+    /// Offer the model before to this device.
+    Return {
+        /// Its id.
+        device: String,
+    },
+    /// It ends.
+    End(End),
+}
+
+/// What to do now, and where the rollout stands then.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
-    /// In order of wave.
-    pub actions: Vec<Action>,
-    /// Where it stands.
+    /// In order.
+    pub decisions: Vec<Decision>,
+    /// Where it stands once they are made.
     pub state: State,
 }
 
@@ -190,10 +187,10 @@ pub struct Plan {
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum RolloutError {
     /// No device to roll out to.
-    #[error("no device{} to roll out to; enrol one first", group.as_ref().map(|g| format!(" in group `{g}`")).unwrap_or_default())]
+    #[error("{}", no_device(selector))]
     NoDevice {
-        /// The group that was asked for.
-        group: Option<String>,
+        /// What was asked for.
+        selector: String,
     },
     /// The policy makes no sense.
     #[error("rollout policy: {field} must be {want}")]
@@ -203,204 +200,180 @@ pub enum RolloutError {
         /// What would be right.
         want: &'static str,
     },
+    /// A selector makes no sense.
+    #[error(
+        "`{term}` names no devices; write a group, group=NAME, device=ID, hardware=NAME, engine=NAME, label.KEY=VALUE, online, healthy, or sequence, restarts, skipped or silent_s with a number (silent_s<60), several of them separated by commas"
+    )]
+    Selector {
+        /// The term.
+        term: String,
+    },
+}
+
+fn no_device(selector: &str) -> String {
+    match selector {
+        "all" => "there is no device to roll out to; enrol one first".to_owned(),
+        other => format!("no device matches `{other}`; enrol or tag one first"),
+    }
+}
+
+impl Head {
+    /// Notes what a device reported about the model with this sequence, which is that of the
+    /// rollout or of the model before; true when that changed anything. `latency_us` is the slowest
+    /// inference of its trial, 0 when there was none.
+    pub fn record(
+        &self,
+        member: &mut Member,
+        sequence: u64,
+        report: Report,
+        latency_us: u32,
+        now_ms: u64,
+    ) -> bool {
+        let before = member.clone();
+        if sequence == self.sequence {
+            member.latency_us = member.latency_us.max(latency_us);
+            member.report(report, now_ms);
+        } else if Some(sequence) == self.back && self.returning {
+            member.report_return(report, now_ms);
+        }
+        *member != before
+    }
 }
 
 impl Rollout {
     /// A new rollout of the model with `sequence` to the devices that run an older one. Canaries
     /// are drawn by the seed, from devices that are online and from every group in turn while that
-    /// is possible.
+    /// is possible. `back` is the sequence of the model before, released again.
     ///
     /// # Errors
     /// [`RolloutError`] when the policy is contradictory or there is no device.
     pub fn start(
         sequence: u64,
+        back: Option<u64>,
         policy: Policy,
+        selector: Selector,
         inventory: &[Device],
+        now_ms: u64,
     ) -> Result<Self, RolloutError> {
         policy.check()?;
-        let fleet: Vec<&Device> = inventory.iter().filter(|d| policy.covers(d)).collect();
-        if fleet.is_empty() {
+        if !inventory.iter().any(|device| selector.matches(device)) {
             return Err(RolloutError::NoDevice {
-                group: policy.group,
+                selector: selector.to_string(),
             });
         }
-        let behind = fleet.into_iter().filter(|d| d.sequence < sequence);
-        let order = policy.order(behind);
-        let waves = policy.cut(order);
+        let behind = inventory
+            .iter()
+            .filter(|device| selector.matches(device) && device.sequence < sequence);
+        let waves = policy.cut(policy.order(behind));
+        let mut members = BTreeMap::new();
+        for (wave, devices) in (0..).zip(&waves) {
+            members.extend(devices.iter().map(|id| (id.clone(), Member::new(wave))));
+        }
         Ok(Self {
-            sequence,
-            policy,
-            waves,
-            progress: BTreeMap::new(),
-            control: Control::Running,
+            head: Head {
+                sequence,
+                back,
+                policy,
+                selector,
+                waves: u32::try_from(waves.len()).unwrap_or(u32::MAX).max(1),
+                wave: 0,
+                opened_ms: now_ms,
+                forced_wave: None,
+                control: Control::Running,
+                end: None,
+                returning: false,
+            },
+            members,
         })
     }
 
-    /// What to do at `now_ms`.
+    /// Makes a decision.
+    pub fn decide(&mut self, decision: &Decision, now_ms: u64) {
+        match decision {
+            Decision::Join { devices } => {
+                // The canaries stay among themselves, even when they were the whole fleet.
+                self.head.waves = self.head.waves.max(2);
+                let last = self.head.waves - 1;
+                for id in devices {
+                    let late = || Member::new(last);
+                    self.members.entry(id.clone()).or_insert_with(late);
+                }
+            }
+            Decision::Seen { device } => {
+                if let Some(member) = self.members.get_mut(device) {
+                    if self.head.end.is_some() {
+                        member.report_return(Report::Confirmed, now_ms);
+                    } else {
+                        member.report(Report::Confirmed, now_ms);
+                    }
+                }
+            }
+            Decision::Open { wave, .. } => {
+                self.head.wave = *wave;
+                self.head.opened_ms = now_ms;
+            }
+            Decision::Offer { device, boots } => {
+                if let Some(member) = self.members.get_mut(device) {
+                    member.offered(*boots, now_ms);
+                }
+            }
+            Decision::Return { device } => {
+                if let Some(member) = self.members.get_mut(device) {
+                    member.offered_ms = Some(now_ms);
+                    member.progress = Progress::Returning { at_ms: now_ms };
+                }
+            }
+            Decision::End(end) => {
+                let go_back = matches!(end, End::Halted { .. }) && self.head.policy.go_back;
+                self.end(end.clone(), go_back);
+            }
+        }
+    }
+
+    /// Ends it; with `go_back` the devices that took the model are offered the one before.
+    pub fn end(&mut self, end: End, go_back: bool) {
+        self.head.end = Some(end);
+        self.head.returning = go_back && self.head.back.is_some();
+    }
+
+    /// Notes what a device reported; see [`Head::record`]. False if it is not in the rollout.
+    pub fn record(
+        &mut self,
+        device: &str,
+        sequence: u64,
+        report: Report,
+        latency_us: u32,
+        now_ms: u64,
+    ) -> bool {
+        let member = self.members.get_mut(device);
+        member.is_some_and(|member| {
+            self.head
+                .record(member, sequence, report, latency_us, now_ms)
+        })
+    }
+
+    /// Takes a device out, whatever its progress; a failure of it no longer counts. False if it is
+    /// not in the rollout.
+    pub fn exclude(&mut self, device: &str, reason: &str) -> bool {
+        let Some(member) = self.members.get_mut(device) else {
+            return false;
+        };
+        member.progress = Progress::Excluded {
+            reason: reason.to_owned(),
+        };
+        true
+    }
+
+    /// How many devices of each wave are at each stage, by its name.
     #[must_use]
-    pub fn plan(&self, inventory: &[Device], now_ms: u64) -> Plan {
-        let stop = |state| Plan {
-            actions: Vec::new(),
-            state,
-        };
-        if self.control == Control::Aborted {
-            return stop(State::Aborted);
-        }
-        if let Some(reason) = self.halted() {
-            return stop(State::Halted { reason });
-        }
-        if self.control == Control::Paused {
-            return stop(State::Paused);
-        }
-        let waves = self.members(inventory);
-        // A later wave waits for the devices it can wait for; one that is away does not hold up
-        // the rest and is offered the model when it comes back. Canaries are always waited for.
-        let holds = |wave: usize, device: &Device| {
-            let progress = self.progress_of(device);
-            !progress.is_settled() && (wave == 0 || device.online || progress.is_under_way())
-        };
-        let active = waves
-            .iter()
-            .enumerate()
-            .position(|(wave, devices)| devices.iter().any(|d| holds(wave, d)))
-            .unwrap_or(waves.len().saturating_sub(1));
-        let open = || waves.iter().take(active + 1).flatten();
-        if waves
-            .iter()
-            .flatten()
-            .all(|d| self.progress_of(d).is_settled())
-        {
-            return stop(State::Confirmed);
-        }
-        Plan {
-            actions: open()
-                .filter(|d| d.online && self.is_due(&self.progress_of(d), now_ms))
-                .map(|d| Action::Offer {
-                    device: d.id.clone(),
-                })
-                .collect(),
-            state: State::Running { wave: active },
-        }
-    }
-
-    /// Notes that the model was offered.
-    pub fn offered(&mut self, device: &str, now_ms: u64) {
-        let progress = self.progress.entry(device.to_owned()).or_default();
-        match progress {
-            Progress::Pending => *progress = Progress::Offered { at_ms: now_ms },
-            Progress::Offered { at_ms }
-            | Progress::Staged { at_ms }
-            | Progress::Trial { at_ms } => *at_ms = now_ms,
-            _ => {}
-        }
-    }
-
-    /// Notes what a device reported; true when that changed its progress. Reports may repeat and
-    /// come late: a device never goes back, and what is settled stays, except that a confirmed
-    /// model can still be reverted.
-    pub fn record(&mut self, device: &str, report: Report, now_ms: u64) -> bool {
-        let progress = self.progress.entry(device.to_owned()).or_default();
-        let next = match (&*progress, report) {
-            (Progress::Confirmed, Report::Reverted(reason)) => Progress::Reverted { reason },
-            (settled, _) if settled.is_settled() => return false,
-            (Progress::Trial { .. }, Report::Staged) => Progress::Trial { at_ms: now_ms },
-            (_, Report::Staged) => Progress::Staged { at_ms: now_ms },
-            (_, Report::Trial) => Progress::Trial { at_ms: now_ms },
-            (_, Report::Confirmed) => Progress::Confirmed,
-            (_, Report::Reverted(reason)) => Progress::Reverted { reason },
-            (_, Report::Failed(reason)) => Progress::Failed { reason },
-        };
-        let changed = *progress != next;
-        *progress = next;
-        changed
-    }
-
-    /// Takes a device out, whatever its progress; a failure of it no longer counts.
-    pub fn exclude(&mut self, device: &str) {
-        self.progress.insert(device.to_owned(), Progress::Excluded);
-    }
-
-    /// How many devices are at each stage, by its name.
-    #[must_use]
-    pub fn summary(&self, inventory: &[Device]) -> BTreeMap<&'static str, usize> {
-        let mut summary = BTreeMap::new();
-        for device in self.members(inventory).into_iter().flatten() {
-            *summary.entry(self.progress_of(device).name()).or_default() += 1;
-        }
-        summary
-    }
-
-    /// The devices of each wave that are still enrolled, and late ones in the last.
-    fn members<'a>(&self, inventory: &'a [Device]) -> Vec<Vec<&'a Device>> {
-        let by_id: BTreeMap<&str, &Device> = inventory.iter().map(|d| (d.id.as_str(), d)).collect();
-        let mut waves: Vec<Vec<&Device>> = self
-            .waves
-            .iter()
-            .map(|wave| {
-                let known = wave.iter().filter_map(|id| by_id.get(id.as_str()));
-                known.copied().collect()
-            })
-            .collect();
-        let planned: BTreeSet<&str> = self.waves.iter().flatten().map(String::as_str).collect();
-        let late = by_id.values().copied().filter(|d| {
-            !planned.contains(d.id.as_str())
-                && self.policy.covers(d)
-                && (d.sequence < self.sequence || self.progress.contains_key(&d.id))
-        });
-        // The canaries stay among themselves, even when they were the whole fleet.
-        match waves.len() {
-            0 | 1 => waves.push(late.collect()),
-            n => waves[n - 1].extend(late),
+    pub fn summary(&self) -> Vec<BTreeMap<&'static str, usize>> {
+        let mut waves = vec![BTreeMap::new(); self.head.waves as usize];
+        for member in self.members.values() {
+            if let Some(wave) = waves.get_mut(member.wave as usize) {
+                *wave.entry(member.progress.name()).or_default() += 1;
+            }
         }
         waves
-    }
-
-    /// The recorded progress, or what the live model tells: a device that runs this model or a
-    /// newer one needs no offer.
-    fn progress_of(&self, device: &Device) -> Progress {
-        let recorded = self.progress.get(&device.id).cloned().unwrap_or_default();
-        if !recorded.is_settled() && device.sequence >= self.sequence {
-            return Progress::Confirmed;
-        }
-        recorded
-    }
-
-    fn is_due(&self, progress: &Progress, now_ms: u64) -> bool {
-        let old = |at_ms: u64, limit: u64| now_ms.saturating_sub(at_ms) >= limit;
-        match progress {
-            Progress::Pending => true,
-            Progress::Offered { at_ms } => old(*at_ms, self.policy.offer_ttl_ms),
-            Progress::Staged { at_ms } | Progress::Trial { at_ms } => {
-                old(*at_ms, self.policy.stall_ms)
-            }
-            _ => false,
-        }
-    }
-
-    fn halted(&self) -> Option<String> {
-        let canaries = self.waves.first().map_or(&[] as &[String], Vec::as_slice);
-        let reason = |device: &String| self.progress.get(device).and_then(Progress::failure);
-        for canary in canaries {
-            if let Some(reason) = reason(canary) {
-                return Some(format!("canary {canary} gave the model up: {reason}"));
-            }
-        }
-        let failed: Vec<&String> = self
-            .progress
-            .iter()
-            .filter(|(_, p)| p.failure().is_some())
-            .map(|(id, _)| id)
-            .collect();
-        if failed.len() as u64 <= u64::from(self.policy.max_failed) {
-            return None;
-        }
-        let example = failed.first().copied()?;
-        Some(format!(
-            "{} devices gave the model up, at most {} may; for example {example}: {}",
-            failed.len(),
-            self.policy.max_failed,
-            reason(example).map_or("", String::as_str)
-        ))
     }
 }
 

@@ -16,8 +16,8 @@ use cloud_core::rollout::Device;
 use flywheel_shared::ids::DeviceId;
 
 use crate::api::types::{
-    AuditView, DeviceView, EnrollReply, EnrollRequest, Info, RootRequest, RootView, TokenReply,
-    TokenRequest,
+    AuditView, DeviceView, EnrollReply, EnrollRequest, Info, RootRequest, RootView, TagRequest,
+    TokenReply, TokenRequest,
 };
 use crate::client::{ADDRESS_FILE, TOKEN_FILE};
 use crate::fleet::{self, Fleet, FleetError, Grant};
@@ -314,25 +314,8 @@ impl Cloud {
     }
 
     /// The devices that rollouts may go to.
-    ///
-    /// # Errors
-    /// If the store can't be read.
-    pub fn inventory(&self) -> Result<Vec<Device>, Fault> {
-        Ok(self
-            .fleet
-            .list()?
-            .into_iter()
-            .filter(|device| device.record.revoked_at_ms.is_none())
-            .map(|device| Device {
-                id: device.record.device.to_string(),
-                group: device.record.group,
-                sequence: device
-                    .health
-                    .as_ref()
-                    .map_or(0, |stored| stored.health.sequence),
-                online: device.connected.is_some(),
-            })
-            .collect())
+    pub fn inventory(&self) -> Vec<Device> {
+        self.fleet.inventory(now_ms())
     }
 
     /// Makes the offers that are due and sends them.
@@ -340,7 +323,7 @@ impl Cloud {
     /// # Errors
     /// If the store fails.
     pub fn advance_rollouts(&self) -> Result<(), Fault> {
-        let offers = self.rollouts.advance(&self.inventory()?)?;
+        let offers = self.rollouts.advance(&self.inventory(), now_ms())?;
         if let Some(ingest) = self.ingest.get() {
             for (device, offer) in offers {
                 // Unheard offers are repeated with the answer to the device's next health report.
@@ -348,6 +331,18 @@ impl Cloud {
             }
         }
         Ok(())
+    }
+
+    /// Tags a device.
+    ///
+    /// # Errors
+    /// If there is none, or a label could not be named by a selector.
+    pub fn tag(&self, id: &str, request: &TagRequest) -> Result<DeviceView, Fault> {
+        let device = parse_device(id)?;
+        let group = request.group.as_deref();
+        self.fleet
+            .tag(&device, &request.set, &request.remove, group)?;
+        self.device(id)
     }
 
     /// Lets replayed sources run on.
@@ -521,6 +516,7 @@ impl Cloud {
         Ok(DeviceView {
             id: device.record.device.to_string(),
             group: device.record.group,
+            labels: device.record.labels,
             revoked: device.record.revoked_at_ms.is_some(),
             transport: device
                 .connected
@@ -575,8 +571,22 @@ impl crate::ingest::Steering for Cloud {
         device: &DeviceId,
         health: &crate::ingest::OwnedHealth,
     ) -> Option<crate::ingest::OfferBytes> {
+        let record = self.fleet.record(device)?;
+        let known = Device {
+            id: device.to_string(),
+            group: record.group,
+            labels: record.labels,
+            hardware: health.hardware.clone(),
+            engine: health.engine.clone(),
+            sequence: health.sequence,
+            // It has just been heard.
+            online: true,
+            silent_ms: 0,
+            restarts: health.epoch,
+            skipped: health.skipped,
+        };
         self.rollouts
-            .standing_offer(device, health.sequence, health.candidate.is_some())
+            .standing_offer(&known, health.candidate.is_some(), now_ms())
             .unwrap_or_else(|fault| {
                 tracing::error!(%fault, %device, "no offer can be made");
                 None
@@ -588,7 +598,7 @@ impl crate::ingest::Steering for Cloud {
         device: &DeviceId,
         report: &crate::ingest::OwnedSlotReport,
     ) -> Result<(), StoreError> {
-        self.rollouts.record(device, report)
+        self.rollouts.record(device, report, now_ms())
     }
 
     fn attest(

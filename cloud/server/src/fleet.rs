@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use cloud_core::audit::{self, Ledger};
 use cloud_core::ranges::RangeSet;
+use cloud_core::rollout;
 use flywheel_shared::ids::{DEVICE_ID_MAX, DeviceId, Digest};
 use serde::{Deserialize, Serialize};
 
@@ -55,6 +56,9 @@ pub struct DeviceRecord {
     pub device: DeviceId,
     /// Its group, for rollouts.
     pub group: String,
+    /// What the operator tagged it with, for rollouts.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
     /// When it was enrolled, Unix milliseconds.
     pub enrolled_at_ms: u64,
     /// When it was shut out, Unix milliseconds.
@@ -116,12 +120,38 @@ struct Presence {
     last_seen_ms: Option<u64>,
 }
 
+/// What rollouts look at of a device's last health message.
+#[derive(Clone)]
+struct Facts {
+    received_ms: u64,
+    hardware: String,
+    engine: String,
+    sequence: u64,
+    epoch: u32,
+    skipped: u64,
+}
+
+impl Facts {
+    fn of(received_ms: u64, health: &OwnedHealth) -> Self {
+        Self {
+            received_ms,
+            hardware: health.hardware.clone(),
+            engine: health.engine.clone(),
+            sequence: health.sequence,
+            epoch: health.epoch,
+            skipped: health.skipped,
+        }
+    }
+}
+
 /// The devices.
 pub struct Fleet {
     store: Arc<Store>,
     pki: Arc<Pki>,
     records: RwLock<BTreeMap<DeviceId, DeviceRecord>>,
     presence: Mutex<BTreeMap<DeviceId, Presence>>,
+    /// As stored, so that a look at the whole fleet reads nothing.
+    facts: Mutex<BTreeMap<DeviceId, Facts>>,
     /// Held while enrolling and revoking, so that a token is used once.
     changing: Mutex<()>,
 }
@@ -133,7 +163,13 @@ impl Fleet {
         let records = records
             .into_iter()
             .map(|(_, record)| (record.device.clone(), record));
+        let healths = store.scan::<StoredHealth>(HEALTH, b"")?;
+        let facts = healths.into_iter().filter_map(|(device, stored)| {
+            let device = String::from_utf8(device).ok()?.parse().ok()?;
+            Some((device, Facts::of(stored.received_ms, &stored.health)))
+        });
         Ok(Arc::new(Self {
+            facts: Mutex::new(facts.collect()),
             records: RwLock::new(records.collect()),
             presence: Mutex::default(),
             changing: Mutex::default(),
@@ -196,6 +232,7 @@ impl Fleet {
         let record = DeviceRecord {
             device: device.clone(),
             group: stored.grant.group.clone(),
+            labels: BTreeMap::new(),
             enrolled_at_ms: now_ms,
             revoked_at_ms: None,
             public_key: issued.public_key,
@@ -297,7 +334,68 @@ impl Fleet {
             }
         }
         self.store.write(closed)?;
-        self.store.note(notes)
+        self.store.note(notes)?;
+        let mut facts = self.facts.lock().unwrap_or_else(PoisonError::into_inner);
+        facts.insert(device.clone(), Facts::of(now_ms, health));
+        Ok(())
+    }
+
+    /// The devices that rollouts may go to, in the order of their ids: all but revoked ones.
+    pub fn inventory(&self, now_ms: u64) -> Vec<rollout::Device> {
+        let records = self.records();
+        let there = records.into_iter().filter(|r| r.revoked_at_ms.is_none());
+        let facts = self.facts.lock().unwrap_or_else(PoisonError::into_inner);
+        let presence = self.lock_presence();
+        there
+            .map(|record| {
+                let facts = facts.get(&record.device);
+                let presence = presence.get(&record.device).copied().unwrap_or_default();
+                let heard_ms = facts.map(|facts| facts.received_ms);
+                let heard_ms = presence.last_seen_ms.max(heard_ms);
+                let heard_ms = heard_ms.unwrap_or(record.enrolled_at_ms);
+                rollout::Device {
+                    id: record.device.to_string(),
+                    group: record.group,
+                    labels: record.labels,
+                    hardware: facts.map(|f| f.hardware.clone()).unwrap_or_default(),
+                    engine: facts.map(|f| f.engine.clone()).unwrap_or_default(),
+                    sequence: facts.map_or(0, |f| f.sequence),
+                    online: presence.connected.is_some(),
+                    silent_ms: now_ms.saturating_sub(heard_ms),
+                    restarts: facts.map_or(0, |f| f.epoch),
+                    skipped: facts.map_or(0, |f| f.skipped),
+                }
+            })
+            .collect()
+    }
+
+    /// Sets and takes off labels of a device, and moves it to another group if one is named.
+    pub fn tag(
+        &self,
+        device: &DeviceId,
+        set: &BTreeMap<String, String>,
+        remove: &[String],
+        group: Option<&str>,
+    ) -> Result<(), FleetError> {
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut record = self
+            .record(device)
+            .ok_or_else(|| FleetError::UnknownDevice(device.clone()))?;
+        let words = set.iter().flat_map(|(key, value)| [key.as_str(), value]);
+        if let Some(bad) = words.chain(group).find(|word| !is_label(word)) {
+            return Err(FleetError::Label(bad.chars().take(80).collect()));
+        }
+        for key in remove {
+            record.labels.remove(key);
+        }
+        record.labels.extend(set.clone());
+        if let Some(group) = group {
+            record.group = group.to_owned();
+        }
+        self.store
+            .put(DEVICES, device.as_str().as_bytes(), &record)?;
+        self.remember(record);
+        Ok(())
     }
 
     /// Keeps a report about a model, durably.
@@ -460,6 +558,12 @@ fn choose_id(grant: &Grant, wanted: Option<&str>) -> Result<DeviceId, FleetError
             parse_id(&format!("{prefix}{}", random_hex::<6>()?))
         }
     }
+}
+
+/// What a selector of devices can name.
+fn is_label(word: &str) -> bool {
+    let plain = |c: char| c.is_alphanumeric() || matches!(c, '-' | '_' | '.' | '/' | ' ');
+    (1..=64).contains(&word.len()) && word.trim() == word && word.chars().all(plain)
 }
 
 fn parse_id(text: &str) -> Result<DeviceId, FleetError> {

@@ -9,8 +9,8 @@ use utoipa_axum::routes;
 
 use super::blocking;
 use super::types::{
-    AdvanceRequest, AuditView, DeviceView, EnrollReply, EnrollRequest, ErrorBody, Info, TokenReply,
-    TokenRequest,
+    AdvanceRequest, AuditView, DeviceView, EnrollReply, EnrollRequest, ErrorBody, Info, TagRequest,
+    TokenReply, TokenRequest,
 };
 use crate::cloud::Cloud;
 use crate::service::Fault;
@@ -25,6 +25,7 @@ pub fn routes() -> OpenApiRouter<Arc<Cloud>> {
         .routes(routes!(devices))
         .routes(routes!(device))
         .routes(routes!(revoke))
+        .routes(routes!(tag))
         .routes(routes!(lockstep))
         .routes(routes!(audit))
 }
@@ -74,6 +75,16 @@ async fn device(State(cloud): Shared, Path(id): Path<String>) -> Result<Json<Dev
 #[utoipa::path(post, path = "/v1/devices/{id}/revoke", params(("id" = String, Path, description = "Its id")), responses((status = 200, body = DeviceView), (status = 404, body = ErrorBody)), tag = "fleet")]
 async fn revoke(State(cloud): Shared, Path(id): Path<String>) -> Result<Json<DeviceView>, Fault> {
     blocking(move || cloud.revoke(&id)).await
+}
+
+/// Tags a device with labels, or moves it to another group; rollouts choose devices by them.
+#[utoipa::path(post, path = "/v1/devices/{id}/tags", params(("id" = String, Path, description = "Its id")), request_body = TagRequest, responses((status = 200, body = DeviceView), (status = 400, body = ErrorBody), (status = 404, body = ErrorBody)), tag = "fleet")]
+async fn tag(
+    State(cloud): Shared,
+    Path(id): Path<String>,
+    Json(request): Json<TagRequest>,
+) -> Result<Json<DeviceView>, Fault> {
+    blocking(move || cloud.tag(&id, &request)).await
 }
 
 /// Lets replayed sources (simulators, data sets) run on; live cameras take no notice.

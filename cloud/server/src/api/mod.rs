@@ -8,9 +8,11 @@ mod fleet;
 mod keys;
 mod models;
 mod queue;
+mod rollouts;
 pub mod types;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::extract::{Request, State};
 use axum::http::{StatusCode, header};
@@ -25,6 +27,8 @@ use crate::cloud::Cloud;
 use crate::service::Fault;
 use types::ErrorBody;
 
+/// Longest that an answer is held back for a change.
+const MAX_WAIT: Duration = Duration::from_secs(30);
 /// Largest picture file of an import in bytes.
 const MAX_PICTURE: usize = 32 * 1024 * 1024;
 
@@ -57,6 +61,7 @@ pub fn router(cloud: Arc<Cloud>) -> Router {
         .merge(fleet::routes())
         .merge(queue::routes())
         .merge(models::routes())
+        .merge(rollouts::routes())
         .merge(keys::routes())
         .route_layer(middleware::from_fn_with_state(
             Arc::clone(&cloud),

@@ -1,4 +1,4 @@
-//! Routes of jobs, models and rollouts.
+//! Routes of jobs and models.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,19 +11,16 @@ use utoipa::IntoParams;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::blocking;
 use super::types::{
-    AbortRequest, AddRequest, BlobView, ErrorBody, EvalRequest, JobView, ManifestView, ModelView,
-    PromoteRequest, RolloutRequest, RolloutView, TrainRequest,
+    AddRequest, BlobView, ErrorBody, EvalRequest, JobView, ManifestView, ModelView, PromoteRequest,
+    TrainRequest,
 };
+use super::{MAX_WAIT, blocking};
 use crate::cloud::Cloud;
 use crate::service::Fault;
 use crate::service::jobs::Jobs;
 
 type Shared = State<Arc<Cloud>>;
-
-/// Longest that an answer is held back for a change.
-const MAX_WAIT: Duration = Duration::from_secs(30);
 
 /// Largest part of a model in bytes.
 const MAX_PART: usize = 256 * 1024 * 1024;
@@ -37,9 +34,6 @@ pub fn routes() -> OpenApiRouter<Arc<Cloud>> {
         .routes(routes!(model))
         .routes(routes!(manifest))
         .routes(routes!(promote))
-        .routes(routes!(start, rollouts))
-        .routes(routes!(rollout))
-        .routes(routes!(abort))
         .merge(
             OpenApiRouter::new()
                 .routes(routes!(blob))
@@ -152,56 +146,6 @@ async fn promote(
     blocking(move || {
         let model = cloud.registry.promote(&id, &request)?;
         cloud.registry.view(&model)
-    })
-    .await
-}
-
-/// Starts a rollout.
-#[utoipa::path(post, path = "/v1/rollouts", request_body = RolloutRequest, responses((status = 200, body = RolloutView), (status = 409, body = ErrorBody)), tag = "rollouts")]
-async fn start(
-    State(cloud): Shared,
-    Json(request): Json<RolloutRequest>,
-) -> Result<Json<RolloutView>, Fault> {
-    blocking(move || {
-        let view = cloud.rollouts.start(&request, &cloud.inventory()?)?;
-        cloud.advance_rollouts()?;
-        Ok(view)
-    })
-    .await
-}
-
-/// Rollouts, oldest first.
-#[utoipa::path(get, path = "/v1/rollouts", responses((status = 200, body = Vec<RolloutView>)), tag = "rollouts")]
-async fn rollouts(State(cloud): Shared) -> Result<Json<Vec<RolloutView>>, Fault> {
-    blocking(move || Ok(cloud.rollouts.list(&cloud.inventory()?))).await
-}
-
-/// One rollout.
-#[utoipa::path(get, path = "/v1/rollouts/{id}", params(("id" = String, Path, description = "Its number, or `latest`"), WaitQuery), responses((status = 200, body = RolloutView), (status = 404, body = ErrorBody)), tag = "rollouts")]
-async fn rollout(
-    State(cloud): Shared,
-    Path(id): Path<String>,
-    Query(query): Query<WaitQuery>,
-) -> Result<Json<RolloutView>, Fault> {
-    if query.wait_ms.is_some_and(|wait| wait > 0) {
-        let mut changes = cloud.rollouts.changes();
-        changes.mark_unchanged();
-        let _elapsed = tokio::time::timeout(query.limit(), changes.changed()).await;
-    }
-    blocking(move || cloud.rollouts.view(&id, &cloud.inventory()?)).await
-}
-
-/// Stops a rollout for good; devices that have confirmed keep the model.
-#[utoipa::path(post, path = "/v1/rollouts/{id}/abort", params(("id" = String, Path, description = "Its number")), request_body = AbortRequest, responses((status = 200, body = RolloutView), (status = 409, body = ErrorBody)), tag = "rollouts")]
-async fn abort(
-    State(cloud): Shared,
-    Path(id): Path<String>,
-    Json(request): Json<AbortRequest>,
-) -> Result<Json<RolloutView>, Fault> {
-    blocking(move || {
-        cloud
-            .rollouts
-            .abort(&id, &request.reason, &cloud.inventory()?)
     })
     .await
 }

@@ -1,7 +1,10 @@
 //! The JSON documents of the HTTP API, used by the server and by its client alike.
 
+mod rollouts;
+
 use std::collections::BTreeMap;
 
+pub use rollouts::*;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -82,6 +85,8 @@ pub struct DeviceView {
     pub id: String,
     /// Its group.
     pub group: String,
+    /// What it is tagged with.
+    pub labels: BTreeMap<String, String>,
     /// Whether it was revoked.
     pub revoked: bool,
     /// Transport of its live connection, if there is one.
@@ -115,6 +120,20 @@ pub struct DeviceView {
     pub sequence: u64,
     /// Model on it, if this server knows it.
     pub model: Option<String>,
+}
+
+/// Tags a device; what is absent stays.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TagRequest {
+    /// Labels to set.
+    #[serde(default)]
+    pub set: BTreeMap<String, String>,
+    /// Labels to take off.
+    #[serde(default)]
+    pub remove: Vec<String>,
+    /// Group to move it to.
+    pub group: Option<String>,
 }
 
 /// Lets replayed sources (simulators, data sets) run on.
@@ -468,6 +487,9 @@ pub struct ManifestView {
     pub manifest_hex: String,
     /// Release number in it.
     pub sequence: u64,
+    /// The present champion under the next number, to go back to if this model fails in the
+    /// field; to be signed as well. Absent if there is none, or the model was released before.
+    pub return_hex: Option<String>,
 }
 
 /// A version of the trust root: which keys devices believe.
@@ -509,62 +531,12 @@ pub struct PromoteRequest {
     pub manifest_hex: String,
     /// The release key's ed25519 signature, hexadecimal.
     pub signature_hex: String,
+    /// From [`ManifestView`]; without it a rollout that halts leaves the model where it is.
+    pub return_hex: Option<String>,
+    /// The release key's signature of it.
+    pub return_signature_hex: Option<String>,
     /// Why the model is promoted although the gate did not pass it.
     pub force: Option<String>,
-}
-
-/// Starts a rollout.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct RolloutRequest {
-    /// Model id, or an unambiguous beginning of it.
-    pub model: String,
-    /// Group of devices; all if absent.
-    pub group: Option<String>,
-    /// `canary` (one device, then the rest) or `all`; `canary` if absent.
-    pub policy: Option<String>,
-}
-
-/// A rollout.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-pub struct RolloutView {
-    /// Its number.
-    pub id: u64,
-    /// The model.
-    pub model: String,
-    /// The model's release number.
-    pub sequence: u64,
-    /// `canary`, `all`.
-    pub policy: String,
-    /// `running`, `confirmed`, `halted` or `aborted`.
-    pub state: String,
-    /// Why it halted or was aborted.
-    pub reason: Option<String>,
-    /// Which wave is active, from 0.
-    pub wave: u32,
-    /// When it started, Unix milliseconds.
-    pub started_ms: u64,
-    /// When it ended, Unix milliseconds.
-    pub ended_ms: Option<u64>,
-    /// Where each device is.
-    pub devices: BTreeMap<String, ProgressView>,
-}
-
-/// How far one device is in a rollout.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-pub struct ProgressView {
-    /// `pending`, `offered`, `staged`, `trial`, `confirmed`, `reverted`, `failed`.
-    pub state: String,
-    /// The device's reason.
-    pub detail: Option<String>,
-}
-
-/// Stops a rollout.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct AbortRequest {
-    /// Why; goes into the rollout's record.
-    pub reason: String,
 }
 
 /// The conservation law over the fleet.

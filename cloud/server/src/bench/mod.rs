@@ -1,10 +1,11 @@
 //! `flywheel bench`: what is claimed of the device's decisions, measured with the device's own
-//! code on data that nobody here made, and of the server's speed.
+//! code on data that nobody here made; of the server's speed; and of rollouts, on a simulated fleet.
 
 mod flagging;
 mod ingest;
 mod latency;
 mod pictures;
+pub(crate) mod rollout;
 mod stream;
 mod subject;
 
@@ -16,6 +17,7 @@ use clap::Subcommand;
 pub use flagging::FlaggingArgs;
 pub use ingest::IngestArgs;
 pub use latency::LatencyArgs;
+pub use rollout::RolloutArgs;
 
 /// Parts of `flywheel bench`.
 #[derive(Subcommand)]
@@ -30,6 +32,10 @@ pub enum BenchCommand {
     /// How many samples a second devices get stored, by each transport, beside plain tools.
     #[command(after_help = "Example: flywheel bench ingest --kib 10 --seconds 10 --json")]
     Ingest(IngestArgs),
+    /// Rollouts over a large simulated fleet: a good model, a bad one, and one under kills, losses
+    /// and a partition; and how fast offers are made. Exit code 3 if a bound is missed.
+    #[command(after_help = "Example: flywheel bench rollout --devices 10000 --json")]
+    Rollout(RolloutArgs),
 }
 
 /// Runs the command.
@@ -41,6 +47,7 @@ pub fn run(command: BenchCommand) -> Result<ExitCode> {
         BenchCommand::Flagging(args) => flagging::run(&args)?,
         BenchCommand::Score(args) => latency::run(&args)?,
         BenchCommand::Ingest(args) => ingest::run(&args)?,
+        BenchCommand::Rollout(args) => return rollout::run(&args),
     }
     Ok(ExitCode::SUCCESS)
 }

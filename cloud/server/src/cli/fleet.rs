@@ -1,4 +1,4 @@
-//! `flywheel rollout`, `device` and `audit`: the fleet from the operator's chair.
+//! `flywheel device` and `audit`: the fleet from the operator's chair.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -6,55 +6,11 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::{Subcommand, ValueEnum};
 
-use super::format::{self, bytes, short};
+use super::format::{self, bytes};
 use super::{Connection, EXIT_NEGATIVE, print_json, print_line};
-use crate::api::types::{
-    AbortRequest, AuditView, DeviceView, RolloutRequest, RolloutView, TokenReply, TokenRequest,
-};
-use crate::client::Client;
+use crate::api::types::{AuditView, DeviceView, TagRequest, TokenReply, TokenRequest};
 use crate::ingest::broker_files;
 use crate::pki::Pki;
-
-/// Parts of `flywheel rollout`.
-#[derive(Subcommand)]
-pub enum RolloutCommand {
-    /// Offer a promoted model to the fleet: one device first, then the rest.
-    #[command(after_help = "Example: flywheel rollout start 9c41d0 --policy canary")]
-    Start {
-        /// The model: its id or the beginning of it.
-        model: String,
-        /// Group of devices; all if absent.
-        #[arg(long)]
-        group: Option<String>,
-        /// `canary` or `all`.
-        #[arg(long, default_value = "canary")]
-        policy: String,
-    },
-    /// List rollouts.
-    #[command(after_help = "Example: flywheel rollout ls")]
-    Ls,
-    /// Show a rollout; the latest if no number is given.
-    #[command(after_help = "Example: flywheel rollout status 3")]
-    Status {
-        /// Its number.
-        id: Option<u64>,
-    },
-    /// Watch a rollout until it ends; exit code 3 unless every device confirmed.
-    #[command(after_help = "Example: flywheel rollout watch")]
-    Watch {
-        /// Its number; the latest if absent.
-        id: Option<u64>,
-    },
-    /// Stop offering; devices that have confirmed keep the model.
-    #[command(after_help = "Example: flywheel rollout abort 3 --reason 'wrong model'")]
-    Abort {
-        /// Its number.
-        id: u64,
-        /// Why.
-        #[arg(long)]
-        reason: String,
-    },
-}
 
 /// A broker that `flywheel device acl` can set up.
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -90,6 +46,21 @@ pub enum DeviceCommand {
         /// Its id.
         id: String,
     },
+    /// Tag a device with labels, for `flywheel rollout start --to label.KEY=VALUE`.
+    #[command(after_help = "Example: flywheel device tag cam7 site=north lens=wide --remove spare")]
+    Tag {
+        /// Its id.
+        id: String,
+        /// Labels to set.
+        #[arg(value_name = "KEY=VALUE", value_parser = parse_label)]
+        labels: Vec<(String, String)>,
+        /// A label to take off; may be given several times.
+        #[arg(long, value_name = "KEY")]
+        remove: Vec<String>,
+        /// Move it to this group.
+        #[arg(long)]
+        group: Option<String>,
+    },
     /// Refuse a device from now on, on both transports.
     #[command(after_help = "Example: flywheel device revoke cam7")]
     Revoke {
@@ -119,120 +90,12 @@ and: flywheel serve --data cloud/ --keys keys/ --broker mqtts://127.0.0.1:8883 -
     },
 }
 
-/// Runs a rollout command.
-///
-/// # Errors
-/// If the server can't be reached or refuses.
-pub fn rollout(command: RolloutCommand, connection: &Connection) -> Result<ExitCode> {
-    let client = connection.client()?;
-    match command {
-        RolloutCommand::Start {
-            model,
-            group,
-            policy,
-        } => {
-            let rollout: RolloutView = client.post(
-                "/v1/rollouts",
-                &RolloutRequest {
-                    model,
-                    group,
-                    policy: Some(policy),
-                },
-            )?;
-            show_rollout(connection, &rollout)?;
-        }
-        RolloutCommand::Ls => {
-            let rollouts: Vec<RolloutView> = client.get("/v1/rollouts")?;
-            if connection.json {
-                return print_json(&rollouts).map(|()| ExitCode::SUCCESS);
-            }
-            let mut table = format::table(&["rollout", "model", "policy", "state", "devices"]);
-            for rollout in &rollouts {
-                table.add_row([
-                    rollout.id.to_string(),
-                    short(&rollout.model).to_owned(),
-                    rollout.policy.clone(),
-                    rollout.state.clone(),
-                    tally(rollout),
-                ]);
-            }
-            print_line(table)?;
-        }
-        RolloutCommand::Status { id } => {
-            show_rollout(connection, &find(&client, id, 0)?)?;
-        }
-        RolloutCommand::Watch { id } => {
-            let mut rollout = find(&client, id, 0)?;
-            let mut shown = String::new();
-            while rollout.state == "running" {
-                let line = format!("wave {}: {}", rollout.wave, tally(&rollout));
-                if line != shown && !connection.json {
-                    print_line(&line)?;
-                    shown = line;
-                }
-                rollout = find(&client, Some(rollout.id), 500)?;
-            }
-            show_rollout(connection, &rollout)?;
-            if rollout.state != "confirmed" {
-                return Ok(ExitCode::from(EXIT_NEGATIVE));
-            }
-        }
-        RolloutCommand::Abort { id, reason } => {
-            let rollout: RolloutView = client.post(
-                &format!("/v1/rollouts/{id}/abort"),
-                &AbortRequest { reason },
-            )?;
-            show_rollout(connection, &rollout)?;
-        }
-    }
-    Ok(ExitCode::SUCCESS)
-}
-
-/// A rollout by number, or the latest; waits up to `wait_ms` for it to change.
-fn find(client: &Client, id: Option<u64>, wait_ms: u32) -> Result<RolloutView> {
-    let id = id.map_or("latest".to_owned(), |id| id.to_string());
-    Ok(client.get(&format!("/v1/rollouts/{id}?wait_ms={wait_ms}"))?)
-}
-
-/// How many devices are in which state.
-pub fn tally(rollout: &RolloutView) -> String {
-    let mut counts = std::collections::BTreeMap::new();
-    for progress in rollout.devices.values() {
-        *counts.entry(progress.state.as_str()).or_insert(0u32) += 1;
-    }
-    counts
-        .iter()
-        .map(|(state, count)| format!("{count} {state}"))
-        .collect::<Vec<_>>()
-        .join(", ")
-}
-
-fn show_rollout(connection: &Connection, rollout: &RolloutView) -> Result<()> {
-    if connection.json {
-        return print_json(rollout);
-    }
-    print_line(format!(
-        "rollout {} of model {} (release {}), {}: {}{}",
-        rollout.id,
-        short(&rollout.model),
-        rollout.sequence,
-        rollout.policy,
-        rollout.state,
-        rollout
-            .reason
-            .as_deref()
-            .map(|reason| format!(", {reason}"))
-            .unwrap_or_default()
-    ))?;
-    let mut table = format::table(&["device", "state", "reason"]);
-    for (device, progress) in &rollout.devices {
-        table.add_row([
-            device.clone(),
-            progress.state.clone(),
-            progress.detail.clone().unwrap_or_default(),
-        ]);
-    }
-    print_line(table)
+fn parse_label(text: &str) -> Result<(String, String), String> {
+    let parts = text
+        .split_once('=')
+        .filter(|(key, value)| !key.is_empty() && !value.is_empty());
+    let (key, value) = parts.ok_or("expected KEY=VALUE, as in site=north")?;
+    Ok((key.to_owned(), value.to_owned()))
 }
 
 /// Runs a device command.
@@ -301,6 +164,33 @@ pub fn device(command: DeviceCommand, connection: &Connection) -> Result<ExitCod
         DeviceCommand::Show { id } => {
             let device: DeviceView = client.get(&format!("/v1/devices/{id}"))?;
             print_json(&device)?;
+        }
+        DeviceCommand::Tag {
+            id,
+            labels,
+            remove,
+            group,
+        } => {
+            let request = TagRequest {
+                set: labels.into_iter().collect(),
+                remove,
+                group,
+            };
+            let device: DeviceView = client.post(&format!("/v1/devices/{id}/tags"), &request)?;
+            if connection.json {
+                return print_json(&device).map(|()| ExitCode::SUCCESS);
+            }
+            let labels = device
+                .labels
+                .iter()
+                .map(|(key, value)| format!("{key}={value}"));
+            let labels: Vec<String> = labels.collect();
+            print_line(format!(
+                "{} ({}): {}",
+                device.id,
+                device.group,
+                labels.join(", ")
+            ))?;
         }
         DeviceCommand::Acl { .. } => {}
         DeviceCommand::Revoke { id } => {

@@ -38,6 +38,28 @@ pub fn bytes(count: u64) -> String {
     }
 }
 
+/// A time as people write it, UTC: `2026-11-24 12:05:09`.
+pub fn utc(unix_ms: u64) -> String {
+    let (days, second) = (unix_ms / 86_400_000, unix_ms / 1000 % 86_400);
+    // Days to a civil date, after Hinnant (howardhinnant.github.io/date_algorithms.html): years
+    // begin in March, eras have 400 of them.
+    let shifted = days + 719_468;
+    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
+    let year_of_era =
+        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let march = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * march + 2) / 5 + 1;
+    let month = if march < 10 { march + 3 } else { march - 9 };
+    let year = year_of_era + era * 400 + u64::from(month <= 2);
+    format!(
+        "{year}-{month:02}-{day:02} {:02}:{:02}:{:02}",
+        second / 3600,
+        second / 60 % 60,
+        second % 60
+    )
+}
+
 /// Draws a PNG in the terminal: by the terminal's own image protocol where it has one, else in
 /// half-blocks. Draws nothing where standard output is not a terminal.
 pub fn show_picture(png: &[u8]) {

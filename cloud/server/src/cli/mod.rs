@@ -10,6 +10,7 @@ mod import;
 mod key;
 pub mod model;
 mod queue;
+pub mod rollout;
 mod serve;
 mod sign;
 
@@ -123,8 +124,8 @@ enum Command {
     /// Make, replace and publish signing keys.
     Key(Remote<key::KeyCommand>),
     /// Roll a model out and watch it.
-    Rollout(Remote<fleet::RolloutCommand>),
-    /// Enrol, list and revoke devices.
+    Rollout(Remote<rollout::RolloutCommand>),
+    /// Enrol, list, tag and revoke devices.
     Device(Remote<fleet::DeviceCommand>),
     /// Check that every flagged sample is accounted for; exit code 3 if one is not.
     #[command(after_help = "Example: flywheel audit --data cloud/")]
@@ -171,7 +172,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Eval(at) => model::eval(&at.args, &at.connection),
         Command::Model(at) => model::run(at.command, &at.connection),
         Command::Key(at) => key::run(&at.command, &at.connection),
-        Command::Rollout(at) => fleet::rollout(at.command, &at.connection),
+        Command::Rollout(at) => rollout::run(at.command, &at.connection),
         Command::Device(at) => fleet::device(at.command, &at.connection),
         Command::Audit(connection) => fleet::audit(&connection),
         Command::Bench(command) => crate::bench::run(command),

@@ -350,11 +350,17 @@ pub fn promote(
     let manifest: ManifestView = client.get(&format!("/v1/models/{id}/manifest"))?;
     let body = hex::decode(&manifest.manifest_hex).context("the server's manifest is not hex")?;
     let signature = sign(Role::Release, &key, &body);
+    // The way back is signed now, so that a halt at night needs no release key.
+    let back = manifest.return_hex.as_deref().map(hex::decode).transpose();
+    let back = back.context("the server's manifest for the way back is not hex")?;
+    let back_signature = back.map(|body| hex::encode(sign(Role::Release, &key, &body)));
     Ok(client.post(
         &format!("/v1/models/{id}/promote"),
         &PromoteRequest {
             manifest_hex: manifest.manifest_hex,
             signature_hex: hex::encode(signature),
+            return_hex: manifest.return_hex,
+            return_signature_hex: back_signature,
             force,
         },
     )?)

@@ -1,4 +1,7 @@
 //! `flywheel model export`, `sign` and `publish`: a release key that never meets the server.
+//!
+//! Beside each manifest stands that of the champion before it, released once more (`FILE.back`), so
+//! that devices can go back without the release key.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -76,7 +79,25 @@ pub fn export(view: &ManifestView, terms: &TermsArgs, out: &Path, json: bool) ->
     let body = hex::decode(&view.manifest_hex).context("the server's manifest is not hex")?;
     let body = terms.apply(&body)?;
     std::fs::write(out, &body).with_context(|| format!("cannot write {}", out.display()))?;
+    let back_path = back(out);
+    match &view.return_hex {
+        Some(hex) => {
+            let body = hex::decode(hex).context("the server's manifest for the way back")?;
+            std::fs::write(&back_path, body)
+        }
+        // One of another model must not be signed with this one.
+        None if back_path.exists() => std::fs::remove_file(&back_path),
+        None => Ok(()),
+    }
+    .with_context(|| format!("cannot write {}", back_path.display()))?;
     describe(&body, out, json)
+}
+
+/// Where the manifest, or the signature, of the way back stands.
+fn back(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".back");
+    PathBuf::from(name)
 }
 
 /// Signs a manifest.
@@ -86,10 +107,15 @@ pub fn export(view: &ManifestView, terms: &TermsArgs, out: &Path, json: bool) ->
 pub fn run(args: &SignArgs, json: bool) -> Result<ExitCode> {
     let body = read_manifest(&args.manifest)?;
     let key = keys::read(&args.key)?;
-    let signature = sign(Role::Release, &key, &body);
-    let text = format!("{}\n", hex::encode(signature));
-    std::fs::write(&args.out, text)
-        .with_context(|| format!("cannot write {}", args.out.display()))?;
+    let write = |body: &[u8], out: &Path| {
+        let text = format!("{}\n", hex::encode(sign(Role::Release, &key, body)));
+        std::fs::write(out, text).with_context(|| format!("cannot write {}", out.display()))
+    };
+    write(&body, &args.out)?;
+    let way_back = back(&args.manifest);
+    if way_back.exists() {
+        write(&read_manifest(&way_back)?, &back(&args.out))?;
+    }
     describe(&body, &args.manifest, json)?;
     Ok(ExitCode::SUCCESS)
 }
@@ -99,20 +125,33 @@ pub fn run(args: &SignArgs, json: bool) -> Result<ExitCode> {
 /// # Errors
 /// If a file can't be read or is not what it should be.
 pub fn request(manifest: &Path, signature: &Path, force: Option<String>) -> Result<PromoteRequest> {
-    let body = read_manifest(manifest)?;
-    let text = std::fs::read_to_string(signature)
-        .with_context(|| format!("cannot read {}", signature.display()))?;
+    let way_back = back(manifest);
+    let (return_hex, return_signature_hex) = if way_back.exists() {
+        let body = hex::encode(read_manifest(&way_back)?);
+        (Some(body), Some(read_signature(&back(signature))?))
+    } else {
+        (None, None)
+    };
+    Ok(PromoteRequest {
+        manifest_hex: hex::encode(read_manifest(manifest)?),
+        signature_hex: read_signature(signature)?,
+        return_hex,
+        return_signature_hex,
+        force,
+    })
+}
+
+/// A signature as hexadecimal text.
+fn read_signature(path: &Path) -> Result<String> {
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     let bytes = hex::decode(text.trim()).unwrap_or_default();
     ensure!(
         bytes.len() == 64,
         "{} is not a signature: expected 128 hexadecimal digits, as `flywheel model sign` writes",
-        signature.display()
+        path.display()
     );
-    Ok(PromoteRequest {
-        manifest_hex: hex::encode(body),
-        signature_hex: hex::encode(bytes),
-        force,
-    })
+    Ok(hex::encode(bytes))
 }
 
 fn read_manifest(path: &Path) -> Result<Vec<u8>> {

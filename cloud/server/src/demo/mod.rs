@@ -26,7 +26,8 @@ use crate::api::types::{
     JobView, ModelView, QueueItem, RolloutRequest, RolloutView, Split, TokenReply, TokenRequest,
     TrainRequest,
 };
-use crate::cli::fleet::{audit_line, tally};
+use crate::cli::fleet::audit_line;
+use crate::cli::rollout::tally;
 use crate::cli::{EXIT_NEGATIVE, data::percent_encode, format, model as model_cli};
 use crate::client::{ADDRESS_FILE, Client, ClientError, TOKEN_FILE, fresh_key};
 use crate::keys;
@@ -217,7 +218,17 @@ struct Demo {
     devices: Vec<Process>,
     server: Process,
     seconds: BTreeMap<String, f64>,
+    /// When the last label of the batch was given.
+    labelled: Option<Instant>,
     chaos: Chaos,
+}
+
+/// How a rollout went, and how long after the last label of the batch devices had the model.
+#[derive(Default)]
+struct Released {
+    state: String,
+    canary_s: Option<f64>,
+    all_s: Option<f64>,
 }
 
 impl Demo {
@@ -279,6 +290,7 @@ impl Demo {
             devices: Vec::new(),
             server,
             seconds: BTreeMap::new(),
+            labelled: None,
         };
         for at in 0..demo.world.devices.len() {
             let process = demo.start_device(at, dir, &logs)?;
@@ -482,6 +494,7 @@ impl Demo {
         let started = Instant::now();
         let bar = bar("label", u64::from(self.args.labels))?;
         let labelled = labeller.work(&self.client, self.args.labels, &bar)?;
+        self.labelled = Some(Instant::now());
         bar.finish_and_clear();
         self.spent("label", started);
         Ok(labelled)
@@ -552,7 +565,10 @@ impl Demo {
             model_cli::promote(&self.client, &model.id, &self.keys_dir, None)?;
             self.roll_out(&model.id)?
         } else {
-            "none".to_owned()
+            Released {
+                state: "none".to_owned(),
+                ..Released::default()
+            }
         };
         self.spent("rollout", started);
         let champion: ModelView = if gate.passed {
@@ -582,18 +598,26 @@ impl Demo {
             } else {
                 gate.reasons.join("; ")
             },
-            rollout,
+            rollout: rollout.state,
+            label_to_canary_s: rollout.canary_s,
+            label_to_all_s: rollout.all_s,
             candidate: model.id,
             found: Found::default(),
         };
         let report = champion.report.context("the champion was not evaluated")?;
         round.measure(&report, &self.world.late);
         eprintln!(
-            "round {number}: accuracy {}, rare {}, late {}, gate {}",
+            "round {number}: accuracy {}, rare {}, late {}, gate {}{}",
             format::percent(round.accuracy),
             format::percent(round.rare_recall),
             format::percent(round.late_recall),
-            round.gate
+            round.gate,
+            match (round.label_to_canary_s, round.label_to_all_s) {
+                (Some(canary), Some(all)) => format!(
+                    "; from the last label to the canary {canary:.1} s, to all devices {all:.1} s"
+                ),
+                _ => String::new(),
+            }
         );
         Ok(round)
     }
@@ -619,13 +643,15 @@ impl Demo {
         }
     }
 
-    fn roll_out(&mut self, model: &str) -> Result<String> {
+    fn roll_out(&mut self, model: &str) -> Result<Released> {
         let bar = bar("rollout", u64::from(self.args.devices))?;
         let request = RolloutRequest {
             model: model.to_owned(),
-            group: None,
-            policy: None,
+            ..RolloutRequest::default()
         };
+        let since = self.labelled;
+        let elapsed = move || since.map(|labelled| labelled.elapsed().as_secs_f64());
+        let mut canary_s = None;
         let mut rollout: RolloutView = match self.client.post("/v1/rollouts", &request) {
             // The server was killed after it had stored the rollout and before it answered.
             Err(ClientError::Refused {
@@ -647,6 +673,10 @@ impl Demo {
             let confirmed = rollout.devices.values().filter(|d| d.state == "confirmed");
             bar.set_position(confirmed.count() as u64);
             bar.set_message(tally(&rollout));
+            let canary = rollout.waves.first();
+            if canary.is_some_and(|wave| wave.states.get("confirmed") == Some(&wave.devices)) {
+                canary_s = canary_s.or_else(elapsed);
+            }
             self.check()?;
             if Instant::now() > deadline {
                 bail!(
@@ -659,7 +689,12 @@ impl Demo {
         if let Some(reason) = &rollout.reason {
             eprintln!("rollout {}: {} ({reason})", rollout.id, rollout.state);
         }
-        Ok(rollout.state)
+        let all_s = elapsed().filter(|_| rollout.state == "confirmed");
+        Ok(Released {
+            state: rollout.state,
+            canary_s: canary_s.or(all_s),
+            all_s,
+        })
     }
 
     /// Fails once a process can't be kept running.

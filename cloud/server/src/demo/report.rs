@@ -34,6 +34,11 @@ pub struct Round {
     pub gate: String,
     /// State of the rollout; `none` when the gate refused.
     pub rollout: String,
+    /// Seconds from the last label of the batch until the canary had confirmed the model: dataset,
+    /// training, evaluation, signing and trial.
+    pub label_to_canary_s: Option<f64>,
+    /// Seconds from the last label of the batch until every device had confirmed it.
+    pub label_to_all_s: Option<f64>,
     /// Digest of the candidate that the gate judged.
     pub candidate: String,
     /// What devices and queue found of the classes that matter.
@@ -103,9 +108,21 @@ impl Report {
     /// The closing table.
     pub fn table(&self) -> String {
         let mut table = table(&[
-            "round", "labels", "uploaded", "of seen", "accuracy", "rare", "late", "ece", "model",
-            "gate", "rollout",
+            "round",
+            "labels",
+            "uploaded",
+            "of seen",
+            "accuracy",
+            "rare",
+            "late",
+            "ece",
+            "model",
+            "gate",
+            "rollout",
+            "to canary",
+            "to all",
         ]);
+        let seconds = |s: Option<f64>| s.map_or("–".to_owned(), |s| format!("{s:.1} s"));
         for round in &self.rounds {
             table.add_row([
                 round.round.to_string(),
@@ -127,6 +144,8 @@ impl Report {
                     "refused".to_owned()
                 },
                 round.rollout.clone(),
+                seconds(round.label_to_canary_s),
+                seconds(round.label_to_all_s),
             ]);
         }
         table.to_string()

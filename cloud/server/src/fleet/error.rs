@@ -36,6 +36,11 @@ pub enum FleetError {
     /// The id is in use, or was.
     #[error("the device id {0} is taken; ids are never given out twice, choose another")]
     Taken(DeviceId),
+    /// A label or group that no selector could name.
+    #[error(
+        "{0:?} can't be a label or group: letters, digits, spaces and - _ . / only, 1 to 64 of them"
+    )]
+    Label(String),
     /// There is no such device.
     #[error("there is no device {0}")]
     UnknownDevice(DeviceId),

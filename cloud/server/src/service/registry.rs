@@ -17,7 +17,10 @@ use super::packages::Origin;
 use super::roots::Roots;
 use super::{Fault, by_prefix, now_ms};
 use crate::api::types::{GateView, ManifestView, ModelView, PromoteRequest, ReportView};
-use crate::store::Store;
+use crate::store::{Batch, Store, StoreError};
+
+/// The deltas of one manifest.
+type Deltas = heapless::Vec<Delta, MAX_DELTAS>;
 
 const MODELS: &str = "models";
 const ALIASES: &str = "aliases";
@@ -72,6 +75,44 @@ pub struct Release {
     pub signature: Vec<u8>,
     /// Why it was promoted against the gate, if it was.
     pub forced: Option<String>,
+    /// The champion before it, released again under the next number, for devices that must go
+    /// back: signed at promotion, so that a halt at night needs no release key.
+    #[serde(default)]
+    pub back: Option<Back>,
+}
+
+impl Release {
+    /// The manifest with its signature.
+    pub fn manifest(&self) -> SignedManifest {
+        SignedManifest {
+            sequence: self.sequence,
+            digest: self.digest,
+            body: self.body.clone(),
+            signature: self.signature.clone(),
+        }
+    }
+}
+
+/// A champion released again.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Back {
+    /// Id of the model.
+    pub model: String,
+    /// Its manifest, of the same parts as its first one.
+    pub manifest: SignedManifest,
+}
+
+/// A manifest with the release key's signature.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SignedManifest {
+    /// Release number.
+    pub sequence: u64,
+    /// Digest of the body.
+    pub digest: Digest,
+    /// The body.
+    pub body: Vec<u8>,
+    /// The signature.
+    pub signature: Vec<u8>,
 }
 
 impl ModelRecord {
@@ -231,17 +272,59 @@ impl Registry {
         Ok(self.champion()?.filter(ModelRecord::classifies))
     }
 
-    /// The model of a signed manifest.
+    /// The model of a signed manifest, first or released again.
     ///
     /// # Errors
     /// If the store can't be read.
     pub fn by_manifest(&self, digest: &Digest) -> Result<Option<ModelRecord>, Fault> {
-        Ok(self.list()?.into_iter().find(|model| {
-            model
-                .release
-                .as_ref()
-                .is_some_and(|release| release.digest == *digest)
-        }))
+        let models = self.list()?;
+        let releases = || {
+            models
+                .iter()
+                .filter_map(|model| Some((model, model.release.as_ref()?)))
+        };
+        let first = releases().find(|(_, release)| release.digest == *digest);
+        let id = first.map(|(model, _)| &model.id).or_else(|| {
+            releases()
+                .filter_map(|(_, release)| release.back.as_ref())
+                .find(|back| back.manifest.digest == *digest)
+                .map(|back| &back.model)
+        });
+        Ok(id
+            .and_then(|id| models.iter().find(|model| model.id == *id))
+            .cloned())
+    }
+
+    /// Digests of all manifests of a model, as far as it was released.
+    ///
+    /// # Errors
+    /// If the store can't be read.
+    pub fn manifests(&self, id: &str) -> Result<Vec<Digest>, Fault> {
+        let mut digests = Vec::new();
+        for model in self.list()? {
+            let Some(release) = model.release else {
+                continue;
+            };
+            if model.id == id {
+                digests.push(release.digest);
+            }
+            digests.extend(
+                release
+                    .back
+                    .filter(|back| back.model == id)
+                    .map(|back| back.manifest.digest),
+            );
+        }
+        Ok(digests)
+    }
+
+    /// Makes a model the champion, with other changes.
+    ///
+    /// # Errors
+    /// If it does not encode.
+    pub fn put_champion(batch: &mut Batch, id: &str) -> Result<(), StoreError> {
+        batch.put(ALIASES, CHAMPION, id)?;
+        Ok(())
     }
 
     /// Whether a blob is a part of a released model, or a delta to one, which devices may fetch.
@@ -271,19 +354,13 @@ impl Registry {
         })
     }
 
-    /// Shorter ways to these parts from the champion's, which most devices run; stored, so that they
-    /// can be fetched.
-    fn deltas(&self, parts: &[Part]) -> Result<heapless::Vec<Delta, MAX_DELTAS>, Fault> {
-        let mut deltas = heapless::Vec::new();
-        let Some(champion) = self
-            .champion()?
-            .filter(|champion| champion.release.is_some())
-        else {
-            return Ok(deltas);
-        };
-        for part in parts {
-            let from = champion.parts.iter().find(|old| old.kind == part.kind);
-            let Some(old) = from.filter(|old| old.digest != part.digest && old.len > 0) else {
+    /// Shorter ways to the parts of `to` from those of `from`, which devices run; stored, so that
+    /// they can be fetched.
+    fn deltas(&self, from: &ModelRecord, to: &ModelRecord) -> Result<Deltas, Fault> {
+        let mut deltas = Deltas::new();
+        for part in &to.parts {
+            let old = from.parts.iter().find(|old| old.kind == part.kind);
+            let Some(old) = old.filter(|old| old.digest != part.digest && old.len > 0) else {
                 continue;
             };
             // Without a delta the part is fetched whole, so damage on this disk is no reason to stop.
@@ -314,43 +391,48 @@ impl Registry {
         Ok(deltas)
     }
 
-    /// The bytes that the release key must sign.
+    /// The bytes that the release key must sign: the model's manifest, and that of the present
+    /// champion under the number after it.
     ///
     /// # Errors
-    /// If the model was promoted already or does not fit a manifest.
+    /// If the model does not fit a manifest.
     pub fn manifest(&self, model: &ModelRecord) -> Result<ManifestView, Fault> {
         if let Some(release) = self.standing(model) {
             return Ok(ManifestView {
                 manifest_hex: hex::encode(&release.body),
                 sequence: release.sequence,
+                return_hex: None,
             });
         }
-        let now = now_ms();
         let sequence = self.next_sequence()?;
-        let mut parts = heapless_parts(&model.parts)?;
-        parts.sort_unstable_by_key(|part| part.kind);
-        let deltas = self.deltas(&parts)?;
-        let manifest = Manifest {
-            name: "champion",
-            sequence,
-            hardware: ANY_HARDWARE,
-            abi: RUNTIME_ABI,
-            created_ms: now,
-            expires_ms: now + RELEASE_LIFE_MS,
-            trial: TrialBounds {
-                frames: 60,
-                max_latency_us: 200_000,
-                min_confidence: 1.0 / model.classes.len().max(1) as f32,
-            },
-            parts,
-            deltas,
+        let trial = TrialBounds {
+            frames: 60,
+            max_latency_us: 200_000,
+            min_confidence: 1.0 / model.classes.len().max(1) as f32,
         };
-        let mut buffer = [0u8; MAX_BODY];
-        let body = postcard::to_slice(&manifest, &mut buffer)
-            .map_err(|error| Fault::Internal(format!("the manifest does not encode: {error}")))?;
+        // It has proved itself before, and must not be measured against the model that failed.
+        let proved = TrialBounds {
+            frames: 1,
+            max_latency_us: 0,
+            min_confidence: 0.0,
+        };
+        let champion = self.champion()?.filter(|champion| champion.id != model.id);
+        let (deltas, back) = match champion {
+            None => (Deltas::new(), None),
+            Some(champion) => (
+                self.deltas(&champion, model)?,
+                Some(body(
+                    &champion,
+                    sequence + 1,
+                    proved,
+                    self.deltas(model, &champion)?,
+                )?),
+            ),
+        };
         Ok(ManifestView {
-            manifest_hex: hex::encode(body),
+            manifest_hex: hex::encode(body(model, sequence, trial, deltas)?),
             sequence,
+            return_hex: back.map(hex::encode),
         })
     }
 
@@ -395,10 +477,84 @@ impl Registry {
                 )));
             }
         }
-        let body = hex::decode(&request.manifest_hex)
-            .map_err(|error| Fault::Invalid(format!("manifest_hex: {error}")))?;
-        let signature = hex::decode(&request.signature_hex)
-            .map_err(|error| Fault::Invalid(format!("signature_hex: {error}")))?;
+        let signed = self.signed(
+            "manifest_hex",
+            &request.manifest_hex,
+            &request.signature_hex,
+            &model,
+        )?;
+        match self.standing(&model) {
+            // Promoting an older release again makes it the champion; its number stands.
+            Some(release) if release.body == signed.body => {}
+            Some(_) => {
+                return Err(Fault::Conflict(format!(
+                    "model {} was released before with another manifest",
+                    model.id
+                )));
+            }
+            None => {
+                let next = self.next_sequence()?;
+                let back = self.signed_back(&model, request)?;
+                let numbers = (signed.sequence, back.as_ref().map(|b| b.manifest.sequence));
+                if numbers.0 != next || numbers.1.is_some_and(|back| back != next + 1) {
+                    return Err(Fault::Conflict(format!(
+                        "the manifest has release number {}, the next one is {next}; fetch it again and sign that",
+                        signed.sequence
+                    )));
+                }
+                model.release = Some(Release {
+                    sequence: signed.sequence,
+                    digest: signed.digest,
+                    body: signed.body,
+                    signature: signed.signature,
+                    forced: request.force.clone(),
+                    back,
+                });
+                self.save(&model)?;
+            }
+        }
+        self.store.put(ALIASES, CHAMPION, &model.id)?;
+        self.store.flush()?;
+        Ok(model)
+    }
+
+    /// The champion's manifest for the way back, as a promotion brings it.
+    fn signed_back(
+        &self,
+        model: &ModelRecord,
+        request: &PromoteRequest,
+    ) -> Result<Option<Back>, Fault> {
+        let (body, signature) = match (&request.return_hex, &request.return_signature_hex) {
+            (None, None) => return Ok(None),
+            (Some(body), Some(signature)) => (body, signature),
+            _ => {
+                return Err(Fault::Invalid(
+                    "return_hex and return_signature_hex belong together".to_owned(),
+                ));
+            }
+        };
+        let champion = self.champion()?.filter(|champion| champion.id != model.id);
+        let champion = champion.ok_or_else(|| {
+            Fault::Invalid("return_hex: there is no other champion to go back to".to_owned())
+        })?;
+        Ok(Some(Back {
+            manifest: self.signed("return_hex", body, signature, &champion)?,
+            model: champion.id,
+        }))
+    }
+
+    /// A manifest that the release key signed, of the parts of this model.
+    fn signed(
+        &self,
+        field: &str,
+        body: &str,
+        signature: &str,
+        model: &ModelRecord,
+    ) -> Result<SignedManifest, Fault> {
+        let body =
+            hex::decode(body).map_err(|error| Fault::Invalid(format!("{field}: {error}")))?;
+        let signature = hex::decode(signature)
+            .map_err(|error| Fault::Invalid(format!("{field}, its signature: {error}")))?;
         let manifest = verify::<Manifest<'_>>(
             Role::Release,
             &self.roots.root().release,
@@ -414,47 +570,25 @@ impl Registry {
         })?;
         manifest
             .legal()
-            .map_err(|error| Fault::Invalid(error.to_string()))?;
-        let mut signed: Vec<Digest> = manifest.parts.iter().map(|part| part.digest).collect();
+            .map_err(|error| Fault::Invalid(format!("{field}: {error}")))?;
+        let sorted = |digests: &mut Vec<Digest>| digests.sort_unstable();
+        let mut named: Vec<Digest> = manifest.parts.iter().map(|part| part.digest).collect();
         let mut own: Vec<Digest> = model.parts.iter().map(|part| part.digest).collect();
-        signed.sort_unstable();
-        own.sort_unstable();
-        if signed != own {
+        sorted(&mut named);
+        sorted(&mut own);
+        if named != own {
             return Err(Fault::Invalid(format!(
-                "the manifest names other parts than model {}",
+                "{field}: the manifest names other parts than model {}",
                 model.id
             )));
         }
-        match self.standing(&model) {
-            // Promoting an older release again makes it the champion; its number stands.
-            Some(release) if release.body == body => {}
-            Some(_) => {
-                return Err(Fault::Conflict(format!(
-                    "model {} was released before with another manifest",
-                    model.id
-                )));
-            }
-            None => {
-                let next = self.next_sequence()?;
-                if manifest.sequence != next {
-                    return Err(Fault::Conflict(format!(
-                        "the manifest has release number {}, the next one is {next}; fetch it again and sign that",
-                        manifest.sequence
-                    )));
-                }
-                model.release = Some(Release {
-                    sequence: manifest.sequence,
-                    digest: manifest.digest(),
-                    body: body.clone(),
-                    signature,
-                    forced: request.force.clone(),
-                });
-                self.save(&model)?;
-            }
-        }
-        self.store.put(ALIASES, CHAMPION, &model.id)?;
-        self.store.flush()?;
-        Ok(model)
+        let (sequence, digest) = (manifest.sequence, manifest.digest());
+        Ok(SignedManifest {
+            sequence,
+            digest,
+            body,
+            signature,
+        })
     }
 
     /// A model for people.
@@ -485,12 +619,42 @@ impl Registry {
             .list()?
             .iter()
             .filter_map(|model| model.release.as_ref())
-            .map(|release| release.sequence)
+            .map(|release| {
+                let back = release.back.as_ref();
+                back.map_or(release.sequence, |back| back.manifest.sequence)
+            })
             .chain([self.roots.root().min_sequence])
             .max()
             .unwrap_or(0)
             .saturating_add(1))
     }
+}
+
+/// A manifest's bytes.
+fn body(
+    model: &ModelRecord,
+    sequence: u64,
+    trial: TrialBounds,
+    deltas: Deltas,
+) -> Result<Vec<u8>, Fault> {
+    let now = now_ms();
+    let mut parts = heapless_parts(&model.parts)?;
+    parts.sort_unstable_by_key(|part| part.kind);
+    let manifest = Manifest {
+        name: "champion",
+        sequence,
+        hardware: ANY_HARDWARE,
+        abi: RUNTIME_ABI,
+        created_ms: now,
+        expires_ms: now + RELEASE_LIFE_MS,
+        trial,
+        parts,
+        deltas,
+    };
+    let mut buffer = [0u8; MAX_BODY];
+    let body = postcard::to_slice(&manifest, &mut buffer)
+        .map_err(|error| Fault::Internal(format!("the manifest does not encode: {error}")))?;
+    Ok(body.to_vec())
 }
 
 fn heapless_parts(

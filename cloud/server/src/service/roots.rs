@@ -6,10 +6,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result, ensure};
-use ed25519_dalek::SigningKey;
+use ed25519_dalek::{Signer, SigningKey};
 use flywheel_shared::ids::DeviceId;
 use flywheel_shared::message::Attest;
-use flywheel_shared::trust::{MAX_BODY, Role, SignedRoot, TimeStamp, TrustError, TrustRoot, sign};
+use flywheel_shared::trust::{
+    MAX_BODY, PublicKey, Role, SignedRoot, TimeStamp, TrustError, TrustRoot, sign,
+};
 
 use super::{Fault, lock};
 use crate::api::types::RootView;
@@ -106,6 +108,14 @@ impl Roots {
     /// Signs an offer's body.
     pub fn sign_offer(&self, body: &[u8]) -> [u8; 64] {
         sign(Role::Rollout, &lock(&self.current).rollout, body)
+    }
+
+    /// Signs a line of the rollout log, which stands under a domain of its own; returns the public
+    /// key with it, since lines outlive keys.
+    pub(super) fn sign_line(&self, message: &[u8; 56]) -> (PublicKey, [u8; 64]) {
+        let current = lock(&self.current);
+        let signature = current.rollout.sign(message).to_bytes();
+        (current.root.rollout, signature)
     }
 
     /// The version that a device had when it asked last; `None` if it has not since the server started.

@@ -255,6 +255,14 @@ impl Index {
         })
     }
 
+    pub(super) fn last_sample(&self) -> Result<Cursor, StoreError> {
+        self.with(|db| {
+            let mut all = db.range([BY_CURSOR].as_slice()..[BY_CURSOR + 1].as_slice());
+            let last = all.next_back().transpose().map_err(sled_error)?;
+            Ok(last.map_or(0, |(key, _)| be_u64(&key[1..])))
+        })
+    }
+
     pub(super) fn sample(&self, id: &SampleId) -> Result<Option<SampleMeta>, StoreError> {
         self.with(|db| {
             let Some(cursor) = db.get(id_key(id)).map_err(sled_error)? else {

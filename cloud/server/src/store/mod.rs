@@ -339,6 +339,11 @@ impl Store {
         self.index.samples(after, limit)
     }
 
+    /// The cursor of the newest sample; 0 if there is none.
+    pub fn last_sample(&self) -> Result<Cursor, StoreError> {
+        self.index.last_sample()
+    }
+
     /// One sample.
     pub fn sample(&self, id: &SampleId) -> Result<Option<SampleMeta>, StoreError> {
         self.index.sample(id)
