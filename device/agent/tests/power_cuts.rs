@@ -586,7 +586,7 @@ fn power_cut_at_every_operation_in_50_000_states() {
     // From some of them the device lives on, and the power goes again; or the process alone was
     // killed, which leaves unsynced what it had not synced.
     let mut lives = 0;
-    for (medium, outside) in samples.iter().chain(tape.iter().step_by(7)) {
+    for (medium, outside) in samples.iter().chain(tape.iter().step_by(5)) {
         lives += 1;
         let (disk, mut device) = lab.start(medium.clone(), outside.clone());
         disk.record();
