@@ -223,7 +223,15 @@ impl World {
         );
         std::fs::create_dir_all(dir)?;
         let data = dir.join("cloud");
-        flywheel::keys::init(&dir.join("keys"))?;
+        flywheel::keys::init(
+            &dir.join("keys"),
+            &flywheel::keys::Plan {
+                now_ms: flywheel_agent::clock::unix_ms(),
+                days: 30,
+                roots: None,
+                min_sequence: None,
+            },
+        )?;
         let mut serve = flags(&[
             "serve",
             "--data",

@@ -215,7 +215,15 @@ struct World {
 impl World {
     fn start(dir: &Path, devices: u32) -> Result<Self> {
         let (data, keys_dir) = (dir.join("cloud"), dir.join("keys"));
-        keys::init(&keys_dir)?;
+        keys::init(
+            &keys_dir,
+            &keys::Plan {
+                now_ms: crate::service::now_ms(),
+                days: 1,
+                roots: None,
+                min_sequence: None,
+            },
+        )?;
         let server = Process::start(Spec {
             name: "server".to_owned(),
             args: [
