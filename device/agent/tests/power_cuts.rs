@@ -580,7 +580,7 @@ fn power_cut_at_every_operation_in_50_000_states() {
     let tape = disk.tape();
     let operations = tape.len() - 1;
 
-    let samples = lab.cut(0, &tape, 300, 60);
+    let samples = lab.cut(0, &tape, 300, 30);
     let first = lab.states.len();
 
     // From some of them the device lives on, and the power goes again; or the process alone was
@@ -601,7 +601,7 @@ fn power_cut_at_every_operation_in_50_000_states() {
         states - first
     );
     assert!(states >= 50_000, "only {states}");
-    assert!(lives > 100, "only {lives}");
+    assert!(lives >= 100, "only {lives}");
 }
 
 #[test]

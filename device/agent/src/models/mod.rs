@@ -19,7 +19,7 @@ use device_core::slot::{Action, Event, Held, Report, Slot, SlotError, SlotRecord
 use flywheel_shared::ids::{DeviceId, Digest};
 use flywheel_shared::message::{OfferMessage, SlotState};
 use flywheel_shared::trust::{
-    Accepted, Floor, Judge, KeyId, Signed, SignedRoot, TrialBounds, TrustError, TrustRoot,
+    Accepted, Floor, Judge, KeyId, Manifest, Signed, SignedRoot, TrialBounds, TrustError, TrustRoot,
 };
 use thiserror::Error;
 
@@ -436,7 +436,10 @@ impl Models {
             }
             Err(error) => {
                 tracing::warn!(%error, model = %digest, "an offered model is refused");
-                refused(0, error.code())
+                // Not believed, only said back: the cloud knows its rollout by it.
+                let claimed = Manifest::recall(&digest, message.manifest.body);
+                let sequence = claimed.map_or(0, |manifest| manifest.sequence);
+                refused(sequence, error.code())
             }
             Ok(Accepted {
                 manifest,
