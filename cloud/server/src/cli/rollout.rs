@@ -4,7 +4,7 @@ mod log;
 mod watch;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
@@ -396,6 +396,6 @@ fn show_plan(connection: &Connection, plan: &PlanView) -> Result<()> {
 }
 
 /// Where the keys are that a log is checked with.
-fn trusted_key(keys: &PathBuf) -> Result<String> {
+fn trusted_key(keys: &Path) -> Result<String> {
     Ok(hex::encode(crate::keys::read_trust(keys)?.root.rollout))
 }

@@ -292,7 +292,7 @@ impl World {
             );
             self.now_ms = at_ms;
             let look = matches!(happening, Happening::Tick)
-                && (at_ms - self.started_ms) % (LOOK_TICKS * TICK_MS) == 0;
+                && (at_ms - self.started_ms).is_multiple_of(LOOK_TICKS * TICK_MS);
             self.happen(happening)?;
             if look && self.is_settled() {
                 settled_ms = Some(at_ms);
