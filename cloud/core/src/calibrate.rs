@@ -6,19 +6,16 @@
 //! sure or how unusual an answer is from held-out items, since a network is too sure of what it
 //! was trained on. All sums are in f64 and in a fixed order: the same input gives the same bytes.
 
-use device_core::params::{BLOCK, Params, ParamsError, Shape};
+use device_core::params::{Params, ParamsError, Shape};
 use device_core::score::boundary::pair;
 use device_core::score::neighbour::nearest_prototype;
 use device_core::score::{ScoreError, fused, knot_level, normalise, score};
 use thiserror::Error;
 
-mod directions;
 mod integer;
 mod neutral;
 mod prototypes;
-mod subspace;
 
-use directions::Directions;
 pub use neutral::neutral;
 
 /// Knots in each conformal table.
@@ -132,10 +129,8 @@ pub enum FitError {
 ///   classes and ρ the given shrinkage or that of Ledoit & Wolf (2004, "A well-conditioned
 ///   estimator for large-dimensional covariance matrices", section 3.3), if above [`SHRINKAGE`].
 /// - Prototypes: k-means centres of each class ([`prototypes`]); the table of `fused` then makes
-///   `u_novel` out of the distances to whole classes and to the nearest prototype, and in the
-///   compact form the energy.
-/// - The integer form of the relative Mahalanobis distance ([`integer`]), unless classes are many.
-/// - The compact form of everything, where the embedding is wide enough to gain by it.
+///   `u_novel` out of the distances to whole classes and to the nearest prototype.
+/// - The integer form of the relative Mahalanobis distance ([`integer`]), for small models.
 /// - A class with fewer than 3 training items has its mean drawn to the centre, as if one more
 ///   item lay there; a class without items has no mean and takes no part in the distance.
 ///
@@ -152,17 +147,11 @@ pub fn fit(input: FitInput<'_>) -> Result<Vec<u8>, FitError> {
     let centres = prototypes::fit(input.embeddings, input.labels, k, d);
     let directions = gaussians
         .as_ref()
-        .and_then(|gaussians| Directions::fit(gaussians, k, d));
-    let rank = directions.as_ref().map_or(0, Directions::rank);
-    let dimensions = match subspace::dimensions(rank) {
-        q if rank > 0 && !centres.is_empty() && rank + q <= d => q,
-        _ => 0,
-    };
+        .and_then(|gaussians| integer::fit(gaussians, k, d));
     let shape = Shape {
         head: d > 0 && input.head.is_some(),
         prototypes: wide(centres.len().checked_div(d).unwrap_or(0)),
-        rank: wide(rank),
-        subspace: wide(dimensions),
+        rank: directions.as_ref().map_or(0, |form| wide(form.rank)),
         ..Shape::plain(wide(k), wide(d), TABLE)
     }
     .check()?;
@@ -175,32 +164,12 @@ pub fn fit(input: FitInput<'_>) -> Result<Vec<u8>, FitError> {
     }
     if let Some(gaussians) = &gaussians {
         narrow(&mut values[layout.centre.clone()], &gaussians.centre);
-        if let (true, Some(directions)) = (dimensions > 0, &directions) {
-            let basis = subspace::fit(&gaussians.moment, dimensions, d);
-            let centre = |row: &Vec<f64>| directions::dot(row, &gaussians.centre);
-            let offsets: Vec<f64> = directions.rows.iter().map(centre).collect();
-            let rows = [&directions.rows[..], &basis[..]].concat();
-            narrow(&mut values[layout.projection.clone()], &blocks(&rows));
-            narrow(&mut values[layout.offsets.clone()], &offsets);
-            narrow(&mut values[layout.gains.clone()], &directions.gains);
-            narrow(
-                &mut values[layout.means.clone()],
-                &directions.means.concat(),
-            );
-            let places: Vec<Vec<f64>> = centres
-                .chunks_exact(d)
-                .map(|centre| subspace::place(&basis, centre))
-                .collect();
-            narrow(&mut values[layout.prototypes.clone()], &blocks(&places));
-        } else {
-            narrow(&mut values[layout.within.clone()], &gaussians.within);
-            narrow(
-                &mut values[layout.background.clone()],
-                &gaussians.background,
-            );
-            narrow(&mut values[layout.means.clone()], &gaussians.means);
-            values[layout.prototypes.clone()].copy_from_slice(&centres);
-        }
+        narrow(&mut values[layout.within.clone()], &gaussians.within);
+        narrow(
+            &mut values[layout.background.clone()],
+            &gaussians.background,
+        );
+        narrow(&mut values[layout.means.clone()], &gaussians.means);
     }
     if let (true, Some(head)) = (shape.head, input.head) {
         let n = input.labels.len() as f64;
@@ -210,40 +179,36 @@ pub fn fit(input: FitInput<'_>) -> Result<Vec<u8>, FitError> {
         }
         inverse_distances(head, d, &mut values[layout.head_inverse.clone()]);
     }
+    values[layout.prototypes.clone()].copy_from_slice(&centres);
 
     // With tables of zeros the scores come out right and only u does not; u is not used here.
     let params = Params::checked(shape, &values)?;
     let mut scratch = vec![0.0; shape.scratch()];
-    let [mut unsure, mut novel, mut near, mut energy] = [(); 4].map(|()| Vec::new());
+    let (mut unsure, mut novel, mut near) = (Vec::new(), Vec::new(), Vec::new());
     for (i, logits) in input.held_logits.chunks_exact(k).enumerate() {
         let embedding = &input.held_embeddings[i * d..(i + 1) * d];
         let scores = score(logits, embedding, &params, &mut scratch)?;
         unsure.push(-scores.margin);
         novel.push(scores.novelty);
-        energy.push(scores.energy);
         near.extend(nearest_prototype(embedding, &params, &mut scratch));
     }
     knots(&unsure, &mut values[layout.unsure]);
     knots(&novel, &mut values[layout.novel.clone()]);
     if shape.prototypes > 0 {
         knots(&near, &mut values[layout.near.clone()]);
-        if dimensions > 0 {
-            knots(&energy, &mut values[layout.energy.clone()]);
-        }
         let params = Params::checked(shape, &values)?;
-        let all: Vec<f32> = novel
+        let both: Vec<f32> = novel
             .iter()
             .zip(&near)
-            .zip(&energy)
-            .map(|((&novel, &near), &energy)| fused(novel, near, energy, &params))
+            .map(|(&novel, &near)| fused(novel, near, &params))
             .collect();
-        knots(&all, &mut values[layout.fused.clone()]);
+        knots(&both, &mut values[layout.fused.clone()]);
     }
 
     let mut bytes = vec![0u8; shape.front_len()];
     Params::checked(shape, &values)?.encode(&mut bytes)?;
-    if let (Some(directions), Some(gaussians)) = (&directions, &gaussians) {
-        bytes.extend(integer::encode(directions, gaussians));
+    if let Some(directions) = directions {
+        bytes.extend(directions.bytes);
     }
     Ok(bytes)
 }
@@ -359,8 +324,6 @@ struct Gaussians {
     plain_means: Vec<f64>,
     /// Which classes have items.
     present: Vec<bool>,
-    /// Mean of x xᵀ over the classes, d × d.
-    moment: Vec<f64>,
 }
 
 impl Gaussians {
@@ -414,12 +377,6 @@ impl Gaussians {
             .zip(&within)
             .map(|(between, within)| within + spread * between)
             .collect();
-        let mut moment = background.clone();
-        for i in 0..d {
-            for j in 0..d {
-                moment[i * d + j] += centre[i] * centre[j];
-            }
-        }
         let plain = means.clone();
         for (at, mean) in means.iter_mut().enumerate() {
             let count = counts[at / d];
@@ -448,22 +405,8 @@ impl Gaussians {
             centre,
             within,
             background,
-            moment,
         })
     }
-}
-
-/// A matrix in the blocks of the compact form ([`BLOCK`]).
-fn blocks(rows: &[Vec<f64>]) -> Vec<f64> {
-    let columns = rows.first().map_or(0, Vec::len);
-    let mut values = Vec::with_capacity(rows.len().next_multiple_of(BLOCK) * columns);
-    for block in rows.chunks(BLOCK) {
-        for column in 0..columns {
-            let row = |i: usize| &block[i.min(block.len() - 1)];
-            values.extend((0..BLOCK).map(|i| row(i)[column]));
-        }
-    }
-    values
 }
 
 /// L·x with L a lower triangle by rows.

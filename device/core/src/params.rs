@@ -6,28 +6,22 @@
 //! needs a single buffer for them.
 //!
 //! Byte form, little endian: `FWSP`, version `u16`, classes `u16` (K), dim `u16` (d), table `u16`
-//! (m); from version 2 also flags `u16` (1: head), prototypes `u16` (P), rank `u16` (r); from
-//! version 3 also subspace `u16` (q); then the `f32` values in the order of [`Layout`], then the
-//! integer form ([`crate::score::integer`]) if r > 0. Nothing follows. Parameters are written as
-//! the oldest version that holds them, which older devices read.
-//!
-//! The compact form (q > 0) keeps of both whitenings only the r directions in which they differ,
-//! and prototypes in a subspace of q dimensions: for 256 values a twentieth of the whole form's
-//! arithmetic, and of its memory a tenth.
+//! (m); from version 2 also flags `u16` (1: head), prototypes `u16` (P), rank `u16` (r); then the
+//! `f32` values in the order of [`Layout`], then the integer form ([`crate::score::integer`]) if
+//! r > 0. Nothing follows. Parameters without any of the optional sections are written as version
+//! 1, which older devices read.
 
 use core::fmt;
 use core::ops::Range;
 
 /// First bytes of the byte form.
 pub const MAGIC: [u8; 4] = *b"FWSP";
-/// Newest version of the byte form that this code reads and writes; it also reads and writes 1 and 2.
-pub const VERSION: u16 = 3;
+/// Newest version of the byte form that this code reads and writes; it also reads and writes 1.
+pub const VERSION: u16 = 2;
 /// Bytes in front of the values in version 1.
 pub const HEADER: usize = 12;
 /// Bytes in front of the values in version 2.
 pub const HEADER_2: usize = 18;
-/// Bytes in front of the values in version 3.
-pub const HEADER_3: usize = 20;
 /// Flag of the head section.
 const HEAD: u16 = 1;
 /// Most classes, embedding values and table knots; it bounds what a damaged header can ask for.
@@ -48,9 +42,6 @@ pub struct Shape {
     pub prototypes: u16,
     /// r: directions of the integer form, 0 (no section) to d.
     pub rank: u16,
-    /// q: dimensions in which prototypes are compared; 0 is the whole form. The compact form needs
-    /// r > 0 and prototypes, and r + q, rounded up to a multiple of [`BLOCK`], is at most d.
-    pub subspace: u16,
 }
 
 /// Where each parameter lies in the run of `f32`. Parts about the embedding are empty if d = 0.
@@ -66,20 +57,11 @@ pub struct Layout {
     /// subtracted before either whitening.
     pub centre: Range<usize>,
     /// d(d+1)/2: lower triangle by rows of the whitening within classes, the inverse of the
-    /// Cholesky factor of the shared class-conditional covariance. Empty in the compact form.
+    /// Cholesky factor of the shared class-conditional covariance.
     pub within: Range<usize>,
-    /// d(d+1)/2: the same for the background, whose covariance ignores classes. Empty in the
-    /// compact form.
+    /// d(d+1)/2: the same for the background, whose covariance ignores classes.
     pub background: Range<usize>,
-    /// Blocks ([`BLOCK`]) of r + q rows of d values: the directions in which the two differ, P of
-    /// [`crate::score::compact`], and an orthonormal basis of the subspace, Q. Compact form only.
-    pub projection: Range<usize>,
-    /// r: P times the centre. Compact form only.
-    pub offsets: Range<usize>,
-    /// r: 1/(1 + λ) of each direction. Compact form only.
-    pub gains: Range<usize>,
-    /// K × d: class means, centred and whitened by `within`; K × r in the compact form, P times
-    /// the centred means.
+    /// K × d: class means, centred and whitened by `within`.
     pub means: Range<usize>,
     /// m ascending knots of −margin; see [`crate::score::conformal`].
     pub unsure: Range<usize>,
@@ -90,21 +72,13 @@ pub struct Layout {
     /// K(K−1)/2: 1/‖wₐ − w_b‖ of the head's weights of each pair of classes, in the order of
     /// [`crate::score::boundary::pair`]; 0 where they are equal. Empty without the head's section.
     pub head_inverse: Range<usize>,
-    /// P × d: prototypes at unit length. In the compact form blocks ([`BLOCK`]) of P rows of q + 1
-    /// values: their coordinates in the subspace and the length of what lies outside of it.
+    /// P × d: prototypes at unit length.
     pub prototypes: Range<usize>,
     /// m ascending knots of the distance to the nearest prototype; empty without prototypes.
     pub near: Range<usize>,
-    /// m ascending knots of energy. Compact form only.
-    pub energy: Range<usize>,
     /// m ascending knots of [`crate::score::fused`]; empty without prototypes.
     pub fused: Range<usize>,
 }
-
-/// Rows of a block. Matrices of the compact form are cut into blocks of so many rows, each stored
-/// column by column, so that one value meets all rows of a block at once, which suits vector
-/// registers; the last block is filled up with copies of the last row.
-pub const BLOCK: usize = 16;
 
 impl Shape {
     /// The sizes of parameters without optional sections.
@@ -116,7 +90,6 @@ impl Shape {
             head: false,
             prototypes: 0,
             rank: 0,
-            subspace: 0,
         }
     }
 
@@ -127,13 +100,7 @@ impl Shape {
             && (2..=MAX_SIDE).contains(&self.table)
             && self.prototypes <= MAX_SIDE
             && self.rank <= self.dim
-            && (self.dim > 0 || (!self.head && self.prototypes == 0))
-            && (self.subspace == 0
-                || (self.rank > 0
-                    && self.prototypes > 0
-                    && (usize::from(self.rank) + usize::from(self.subspace))
-                        .next_multiple_of(BLOCK)
-                        <= usize::from(self.dim)));
+            && (self.dim > 0 || (!self.head && self.prototypes == 0));
         if fits {
             Ok(self)
         } else {
@@ -143,17 +110,15 @@ impl Shape {
 
     /// Where each parameter lies.
     pub fn layout(self) -> Layout {
-        let [k, d, m, p] = [self.classes, self.dim, self.table, self.prototypes].map(usize::from);
-        let [r, q] = [self.rank, self.subspace].map(usize::from);
+        let (k, d, m, p) = (
+            usize::from(self.classes),
+            usize::from(self.dim),
+            usize::from(self.table),
+            usize::from(self.prototypes),
+        );
         let head = usize::from(self.head);
         let near = if p > 0 { m } else { 0 };
-        let compact = usize::from(q > 0);
-        // Values of a triangle, directions, values of a mean and of all prototypes.
-        let (triangle, directions, mean, prototypes) = if q > 0 {
-            (0, r, r, p.next_multiple_of(BLOCK) * (q + 1))
-        } else {
-            (d * (d + 1) / 2, 0, d, p * d)
-        };
+        let triangle = d * (d + 1) / 2;
         let mut end = 2;
         let mut next = |len: usize| {
             let range = end..end + len;
@@ -167,17 +132,13 @@ impl Shape {
             centre: next(d),
             within: next(triangle),
             background: next(triangle),
-            projection: next(compact * (r + q).next_multiple_of(BLOCK) * d),
-            offsets: next(directions),
-            gains: next(directions),
-            means: next(k * mean),
+            means: next(k * d),
             unsure: next(m),
             novel: next(m),
             head_mean: next(head * d),
             head_inverse: next(head * (k * (k - 1) / 2)),
-            prototypes: next(prototypes),
+            prototypes: next(p * d),
             near: next(near),
-            energy: next(compact * near),
             fused: next(near),
         }
     }
@@ -191,19 +152,17 @@ impl Shape {
     pub fn version(self) -> u16 {
         if self == Self::plain(self.classes, self.dim, self.table) {
             1
-        } else if self.subspace == 0 {
-            2
         } else {
-            3
+            2
         }
     }
 
     /// Bytes in front of the values.
     pub fn header(self) -> usize {
-        match self.version() {
-            1 => HEADER,
-            2 => HEADER_2,
-            _ => HEADER_3,
+        if self.version() == 1 {
+            HEADER
+        } else {
+            HEADER_2
         }
     }
 
@@ -297,14 +256,12 @@ impl fmt::Display for ParamsError {
                 table,
                 prototypes,
                 rank,
-                subspace,
                 ..
             }) => write!(
                 f,
                 "sizes out of range: {classes} classes, {dim} embedding values, {table} knots \
                  (limits 1..={MAX_SIDE}, 0..={MAX_SIDE}, 2..={MAX_SIDE}), {prototypes} prototypes, \
-                 {rank} directions, {subspace} dimensions of a subspace, the last three only with \
-                 an embedding, which limits the last two together"
+                 {rank} directions, the last two only with an embedding"
             ),
             Self::Length { expected, found } => {
                 write!(f, "the length is {found} where {expected} is needed")
@@ -348,8 +305,8 @@ impl<'a> Params<'a> {
         let version = u16::from_le_bytes([v0, v1]);
         match version {
             1 => {}
-            2 | 3 => {
-                let Some((&[f0, f1, p0, p1, r0, r1], rest)) = rest.split_first_chunk() else {
+            2 => {
+                let Some(&[f0, f1, p0, p1, r0, r1]) = rest.first_chunk() else {
                     return Err(ParamsError::Magic);
                 };
                 let flags = u16::from_le_bytes([f0, f1]);
@@ -359,17 +316,11 @@ impl<'a> Params<'a> {
                 shape.head = flags & HEAD != 0;
                 shape.prototypes = u16::from_le_bytes([p0, p1]);
                 shape.rank = u16::from_le_bytes([r0, r1]);
-                if version == 3 {
-                    let Some(&q) = rest.first_chunk() else {
-                        return Err(ParamsError::Magic);
-                    };
-                    shape.subspace = u16::from_le_bytes(q);
-                }
             }
             other => return Err(ParamsError::Version(other)),
         }
         let shape = shape.check()?;
-        // One spelling for each content: a version only where those before it can't hold it.
+        // One spelling for each content: version 2 only where version 1 can't hold it.
         if version != shape.version() {
             return Err(ParamsError::Version(version));
         }
@@ -422,13 +373,7 @@ impl<'a> Params<'a> {
                 index: layout.head_inverse.start + at,
             });
         }
-        for table in [
-            layout.unsure,
-            layout.novel,
-            layout.near,
-            layout.energy,
-            layout.fused,
-        ] {
+        for table in [layout.unsure, layout.novel, layout.near, layout.fused] {
             let falls = |pair: &[f32]| pair[0] > pair[1];
             if let Some(at) = values[table.clone()].windows(2).position(falls) {
                 return Err(ParamsError::Table {
@@ -482,7 +427,6 @@ impl<'a> Params<'a> {
             if shape.head { HEAD } else { 0 },
             shape.prototypes,
             shape.rank,
-            shape.subspace,
         ];
         for (place, word) in head[4..].chunks_exact_mut(2).zip(words) {
             place.copy_from_slice(&word.to_le_bytes());
@@ -528,6 +472,11 @@ impl<'a> Params<'a> {
             .then(|| (&values[layout.head_mean], &values[layout.head_inverse]))
     }
 
+    /// Prototypes at unit length, P × d values; empty without their section.
+    pub fn prototypes(&self) -> &'a [f32] {
+        &self.values[self.shape.layout().prototypes]
+    }
+
     /// All values, for [`Layout`].
     pub fn values(&self) -> &'a [f32] {
         self.values
@@ -554,7 +503,6 @@ mod tests {
         fn round_trip_and_no_prefix_is_accepted(
             (classes, dim, table) in (1u16..9, 0u16..9, 2u16..9),
             (head, prototypes, rank) in (any::<bool>(), 0u16..5, 0u16..9),
-            compact in any::<bool>(),
             cut in any::<prop::sample::Index>(),
         ) {
             let shape = Shape {
@@ -562,11 +510,6 @@ mod tests {
                 prototypes: if dim > 0 { prototypes } else { 0 },
                 rank: rank.min(dim),
                 ..Shape::plain(classes, dim, table)
-            };
-            // Wide enough for a block.
-            let shape = match compact && shape.rank > 0 && shape.prototypes > 0 {
-                true => Shape { dim: dim + 16, subspace: 7, ..shape },
-                false => shape,
             };
             let values = sample(shape);
             let params = Params::checked(shape, &values).unwrap();
@@ -583,10 +526,10 @@ mod tests {
         }
 
         #[test]
-        fn arbitrary_bytes_never_panic(mut bytes in prop::collection::vec(any::<u8>(), 0..200), version in 0u8..4) {
-            if version > 0 && bytes.len() >= 20 {
+        fn arbitrary_bytes_never_panic(mut bytes in prop::collection::vec(any::<u8>(), 0..200), version in 0u8..3) {
+            if version > 0 && bytes.len() >= 18 {
                 bytes[..6].copy_from_slice(&[b'F', b'W', b'S', b'P', version, 0]);
-                for word in bytes[6..20].chunks_exact_mut(2) {
+                for word in bytes[6..18].chunks_exact_mut(2) {
                     word[0] %= 4;
                     word[1] = 0;
                 }

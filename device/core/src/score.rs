@@ -11,11 +11,10 @@ use flywheel_shared::message::Scores;
 use crate::params::Params;
 
 pub mod boundary;
-pub mod compact;
 pub mod integer;
 pub mod mahalanobis;
 pub mod neighbour;
-pub(crate) mod vector;
+mod vector;
 
 pub use vector::normalise;
 use vector::saturate;
@@ -86,8 +85,7 @@ impl core::error::Error for ScoreError {}
 ///   `energy`.
 /// - `u_unsure`: [`conformal`] of −margin.
 /// - `u_novel`: [`conformal`] of novelty, and where the parameters hold prototypes of
-///   [`fused`], which takes the distance to the nearest of them into account, and in their compact
-///   form the energy.
+///   [`fused`], which takes the distance to the nearest of them into account.
 /// - `rarity` = Σ pₖ·(1 − nₖ/n̄) over the classes with nₖ < [`SCARCE`]·n̄, nₖ the training items of
 ///   class k and n̄ their mean over the classes that have any: the expected need for a label.
 ///
@@ -154,23 +152,14 @@ pub fn score(
     } else {
         let (unit, white) = scratch.split_at_mut(dim);
         normalise(embedding, unit);
-        let white = &mut white[..dim];
-        if shape.subspace > 0 {
-            let (novelty, near) = compact::distances(unit, white, params);
-            (novelty, Some(near))
-        } else {
-            let near = neighbour::nearest(unit, params);
-            (mahalanobis::of_unit(unit, white, params), near)
-        }
+        let near = neighbour::nearest(unit, params);
+        let novelty = mahalanobis::of_unit(unit, &mut white[..dim], params);
+        (novelty, near)
     };
     let n = params.calibrated();
     let values = params.values();
     let u_novel = match near {
-        Some(near) => conformal(
-            &values[layout.fused],
-            n,
-            fused(novelty, near, energy, params),
-        ),
+        Some(near) => conformal(&values[layout.fused], n, fused(novelty, near, params)),
         None => conformal(&values[layout.novel], n, novelty),
     };
     Ok(Scores {
@@ -258,16 +247,14 @@ pub fn conformal(table: &[f32], n: f32, score: f32) -> f32 {
 }
 
 /// −ln p₁ − ln p₂ with p₁ the conformal p-value of `novelty` and p₂ that of `near`, the distance
-/// to the nearest prototype; in the compact form of the parameters also − ln p₃ with that of
-/// `energy`: Fisher's combination of tests (Statistical Methods for Research Workers, 1925, section
-/// 21.1).
+/// to the nearest prototype: Fisher's combination of two tests (Statistical Methods for Research
+/// Workers, 1925, section 21.1).
 ///
-/// They are not independent, so it is no χ² variable; [`conformal`] through a table of its own
-/// brings it to the common scale. The first asks how far the frame lies from whole classes, the
-/// second how far from any place where training items lie, the third how little the head sees of
-/// any class: each is blind to what the others see.
+/// The two are not independent, so it is no χ² variable; [`conformal`] through a table of its own
+/// brings it to the common scale. One asks how far the frame lies from whole classes, the other
+/// how far from any place where training items lie: each is blind to what the other sees.
 /// `near` counts only where the parameters hold prototypes.
-pub fn fused(novelty: f32, near: f32, energy: f32, params: &Params<'_>) -> f32 {
+pub fn fused(novelty: f32, near: f32, params: &Params<'_>) -> f32 {
     let (layout, values, n) = (
         params.shape().layout(),
         params.values(),
@@ -277,12 +264,7 @@ pub fn fused(novelty: f32, near: f32, energy: f32, params: &Params<'_>) -> f32 {
         // 2⁻²⁴ is the resolution of u just below 1.
         -libm::logf((1.0 - conformal(table, n, score)).max(5.960_464_5e-8))
     };
-    let two = surprise(&values[layout.novel], novelty) + surprise(&values[layout.near], near);
-    if layout.energy.is_empty() {
-        two
-    } else {
-        two + surprise(&values[layout.energy], energy)
-    }
+    surprise(&values[layout.novel], novelty) + surprise(&values[layout.near], near)
 }
 
 /// Symmetric quantisation to i8: `value ≈ scale × i8` with scale = max|value| / 127.

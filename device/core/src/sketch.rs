@@ -2,8 +2,6 @@
 //! (class, cell), in fixed memory. Both damp repeats, so that a flood of similar frames does not
 //! eat the budget.
 
-use crate::score::vector::{largest, sum};
-
 /// Bits of a signature that may differ between two frames of one thing: an angle of about
 /// 22° (see [`signature`]). On `sim:roads` 68 % of the frames of one encounter are that close, and
 /// 13 % of those of different encounters of one class.
@@ -16,86 +14,33 @@ pub(crate) const fn mix(mut x: u64) -> u64 {
     x ^ (x >> 31)
 }
 
-/// The signs of 64 fixed pseudo-random projections of `embedding`, at unit length, − `centre`
+/// The signs of 64 fixed random ±1 projections of `embedding`, at unit length, − `centre`
 /// (SimHash, Charikar 2002): two vectors at an angle θ differ in about 64·θ/180° bits.
-///
-/// The projections are rows of H·D₃·H·D₂·H·D₁, H the Hadamard matrix of 64 rows and D random signs:
-/// orthogonal, and as good as independent Gaussian ones (Andoni et al. 2015, 1509.02897, section
-/// 6), for a tenth of the work. Values beyond the first 64 are first added to these under random
-/// signs (a count sketch, Charikar et al. 2002).
 ///
 /// `centre` is [`crate::params::Params::centre`]; where it is shorter, nothing is subtracted.
 /// `None` if the embedding is empty, not finite, zero, or equal to the centre. Comparable only
 /// under one model.
 pub fn signature(embedding: &[f32], centre: &[f32]) -> Option<u64> {
-    let largest = largest(embedding);
-    let length = largest * libm::sqrtf(sum(embedding, |z| (z / largest) * (z / largest)));
-    let mut folded = [0.0f32; BITS];
+    let mut sums = [0.0f32; 64];
     let mut size = 0.0f32;
-    for (block, values) in embedding.chunks(BITS).enumerate() {
-        let centre = centre.get(block * BITS..).unwrap_or_default();
-        let mut apart = [0.0f32; BITS];
-        for (place, z) in apart.iter_mut().zip(values) {
-            *place = z / length;
+    let largest = embedding.iter().fold(0.0f32, |max, z| max.max(z.abs()));
+    let square = |z: &f32| (z / largest) * (z / largest);
+    let length = largest * libm::sqrtf(embedding.iter().map(square).sum());
+    for (i, &z) in embedding.iter().enumerate() {
+        let z = z / length - centre.get(i).copied().unwrap_or(0.0);
+        size += z.abs();
+        let signs = mix((i as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
+        for (bit, sum) in sums.iter_mut().enumerate() {
+            // The sign bit of a float is its top bit.
+            let flip = ((signs >> bit) as u32 & 1) << 31;
+            *sum += f32::from_bits(z.to_bits() ^ flip);
         }
-        for (place, mean) in apart.iter_mut().zip(centre).take(values.len()) {
-            *place -= mean;
-        }
-        size += sum(&apart, f32::abs);
-        // The first block stays as it is.
-        let flips = if block == 0 { 0 } else { signs(BITS + block) };
-        add_flipped(&mut folded, flips, &apart);
     }
     if !(size > 0.0 && size.is_finite()) {
         return None;
     }
-    let mut sums = folded;
-    for round in 0..3 {
-        let mut turned = [0.0f32; BITS];
-        add_flipped(&mut turned, signs(round), &sums);
-        hadamard(&mut turned);
-        sums = turned;
-    }
     let bits = sums.iter().enumerate();
     Some(bits.fold(0, |all, (bit, &sum)| all | (u64::from(sum > 0.0) << bit)))
-}
-
-/// Times the Hadamard matrix, in place (fast Walsh–Hadamard transform).
-fn hadamard(values: &mut [f32; BITS]) {
-    let mut half = BITS / 2;
-    while half > 0 {
-        for pair in values.chunks_exact_mut(2 * half) {
-            let (low, high) = pair.split_at_mut(half);
-            for (a, b) in low.iter_mut().zip(high) {
-                (*a, *b) = (*a + *b, *a - *b);
-            }
-        }
-        half /= 2;
-    }
-}
-
-/// Bits of a signature.
-const BITS: usize = 64;
-
-/// 64 fixed random signs, of each `row` its own.
-fn signs(row: usize) -> u64 {
-    mix((row as u64)
-        .wrapping_add(1)
-        .wrapping_mul(0x9E37_79B9_7F4A_7C15))
-}
-
-/// Adds each value to its sum, those whose bit is set in `flips` with the other sign.
-fn add_flipped(sums: &mut [f32; BITS], flips: u64, values: &[f32; BITS]) {
-    // By halves, since vector registers test 32 bits at a time.
-    let halves = [flips as u32, (flips >> 32) as u32];
-    let (sums, values) = (sums.chunks_exact_mut(32), values.chunks_exact(32));
-    for ((sums, values), flips) in sums.zip(values).zip(halves) {
-        for (bit, (sum, value)) in sums.iter_mut().zip(values).enumerate() {
-            // The sign bit of a float is its top bit.
-            let flip = if flips & (1 << bit) == 0 { 0 } else { 1 << 31 };
-            *sum += f32::from_bits(value.to_bits() ^ flip);
-        }
-    }
 }
 
 /// The coarse cell of a signature: its first six bits, so 64 cells.

@@ -29,9 +29,6 @@ pub const RESERVE: u32 = 8;
 const HALF_LIFE: u32 = 256;
 /// Flagged frames that new ones are compared with.
 const RING: usize = 8;
-/// Frames without a look-alike after which what was flagged is out of view: what looks like it
-/// then is another thing of its kind.
-const GONE: u16 = 16;
 /// Damped scores are lowered by up to this part at random, so that equal ones are told apart.
 const TIE: f32 = 1.0 / 1024.0;
 /// Weight of the newest frame in [`Account::earning`].
@@ -49,7 +46,7 @@ pub struct TriggerConfig {
     /// Bytes that may leave at once on top; must hold at least one sample to be of use.
     pub burst_bytes: u32,
     /// Share of each lane in the order of [`Lane::ALL`]; scaled so that the sum is 1. What a lane
-    /// does not use flows to the novel lane first, then to the others.
+    /// does not use flows to the others.
     pub shares: [f32; 5],
     /// Scored frames that a threshold looks back on.
     pub window: u32,
@@ -166,7 +163,7 @@ pub struct Trigger {
     /// Campaign, disagree, novel, unsure.
     accounts: [Account; 4],
     sent: Sketch<4, 256>,
-    ring: [Option<Sent>; RING],
+    ring: [Option<(u16, u64)>; RING],
     ring_at: usize,
     scored: u32,
     spent: [u64; 5],
@@ -231,8 +228,7 @@ impl Trigger {
                 class: scores.top1,
                 signature: frame.signature,
             };
-            let in_view = self.look(kind);
-            let damping = self.damping(kind, in_view);
+            let damping = self.damping(kind);
             // Thresholds learn from every frame, kept or not: they describe the stream.
             let choice = self.choose(&frame, scores, damping, cost);
             if flag.is_none()
@@ -308,18 +304,8 @@ impl Trigger {
                 }
             }
         }
-        // First to the novel lane: what the cloud asks for and what models disagree about are also
-        // ways to find what is unknown, and nothing else finds what nobody knows to ask for.
-        let mut lent = [0.0; 4];
-        for (account, lent) in self.accounts.iter_mut().zip(&mut lent) {
-            if account.lane == Lane::Novel && account.share > 0.0 {
-                let over = account.purse.credit(spare);
-                *lent = spare.over(income) - over.over(income);
-                spare = over;
-            }
-        }
-        for (account, lent) in self.accounts.iter_mut().zip(lent) {
-            let mut earned = account.share + lent;
+        for account in &mut self.accounts {
+            let mut earned = account.share;
             if open > 0.0 && account.purse.level() < account.purse.capacity() {
                 let part = account.share / open;
                 account.purse.credit(spare.times(part));
@@ -414,29 +400,14 @@ impl Trigger {
         best.map(|(index, _, value)| (index, value))
     }
 
-    /// Whether a frame looks like something flagged that is still in view.
-    fn look(&mut self, kind: Kind) -> bool {
-        let mut in_view = false;
-        for sent in self.ring.iter_mut().flatten() {
-            if sent.unseen > GONE {
-                continue;
-            }
-            let alike = kind.signature.is_some_and(|now| near(now, sent.signature));
-            if sent.class == kind.class && alike {
-                in_view = true;
-                sent.unseen = 0;
-            } else {
-                sent.unseen += 1;
-            }
-        }
-        in_view
-    }
-
     /// What u is multiplied by, 0 to 1, for a frame of this kind.
-    fn damping(&self, kind: Kind, in_view: bool) -> Damping {
+    fn damping(&self, kind: Kind) -> Damping {
         let rarity =
             |key: u64, power: f32| libm::powf(1.0 + f32::from(self.sent.count(key)), -power);
-        let repeat = if in_view {
+        let looks_like = |sent: &(u16, u64)| {
+            sent.0 == kind.class && kind.signature.is_some_and(|now| near(now, sent.1))
+        };
+        let repeat = if self.ring.iter().flatten().any(looks_like) {
             self.config.repeat_damping
         } else {
             1.0
@@ -453,11 +424,7 @@ impl Trigger {
         self.sent.add(kind.class_key());
         self.sent.add(kind.cell_key());
         if let Some(signature) = kind.signature {
-            self.ring[self.ring_at] = Some(Sent {
-                class: kind.class,
-                signature,
-                unseen: 0,
-            });
+            self.ring[self.ring_at] = Some((kind.class, signature));
             self.ring_at = (self.ring_at + 1) % RING;
         }
     }
@@ -503,15 +470,6 @@ struct Damping {
     repeat: f32,
     /// For how much of its class and cell was sent.
     kind: f32,
-}
-
-/// A flagged frame.
-#[derive(Clone, Copy, Debug)]
-struct Sent {
-    class: u16,
-    signature: u64,
-    /// Frames since one looked like it.
-    unseen: u16,
 }
 
 /// What repeats are told by.

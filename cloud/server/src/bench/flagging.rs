@@ -75,7 +75,7 @@ const SINGLE: [&str; 9] = [
     "RMD f32",
     "RMD int8",
     "kNN",
-    "RMD + kNN + energy",
+    "RMD + kNN",
 ];
 const RANDOM: &str = "random";
 const LANES: &str = "lanes";
@@ -412,7 +412,7 @@ impl ScoredSet {
             {
                 // The combination is on the scale already.
                 u.push(match *name {
-                    "RMD + kNN + energy" => value,
+                    "RMD + kNN" => value,
                     _ => conformal(table, held, value),
                 });
             }

@@ -1,6 +1,5 @@
 //! How much farther an embedding lies from every class than from the background.
 
-use super::compact;
 use super::vector::{dot, normalise, saturate, square_distance};
 use crate::params::Params;
 
@@ -8,17 +7,11 @@ use crate::params::Params;
 /// with x the embedding (d values, d > 0) at unit length, c the centre, W and W₀ the whitenings
 /// within classes and of the background, mₖ the whitened class means; higher is less familiar.
 ///
-/// In the compact form of the parameters it is the same distance ([`super::compact`]). `scratch`
-/// holds at least 2·d values, whose content does not matter.
+/// `scratch` holds at least 2·d values, whose content does not matter.
 pub fn relative_mahalanobis(embedding: &[f32], params: &Params<'_>, scratch: &mut [f32]) -> f32 {
     let (unit, white) = scratch.split_at_mut(embedding.len());
     normalise(embedding, unit);
-    let white = &mut white[..embedding.len()];
-    if params.shape().subspace > 0 {
-        compact::distances(unit, white, params).0
-    } else {
-        of_unit(unit, white, params)
-    }
+    of_unit(unit, &mut white[..embedding.len()], params)
 }
 
 /// The same for an embedding at unit length, which is overwritten; `white` is as long.
@@ -36,7 +29,12 @@ pub(super) fn of_unit(unit: &mut [f32], white: &mut [f32], params: &Params<'_>) 
         *y = dot(&within[row..=row + i], &centred[..=i]);
         row += i + 1;
     }
-    let nearest = nearest(white, &values[layout.means], params.counts());
+    let mut nearest = f32::INFINITY;
+    for (mean, &count) in values[layout.means].chunks_exact(dim).zip(params.counts()) {
+        if count > 0.0 {
+            nearest = nearest.min(square_distance(white, mean));
+        }
+    }
     let (mut row, mut background) = (0, 0.0f32);
     let whitening = &values[layout.background];
     for i in 0..dim {
@@ -45,13 +43,4 @@ pub(super) fn of_unit(unit: &mut [f32], white: &mut [f32], params: &Params<'_>) 
         row += i + 1;
     }
     saturate(nearest - background)
-}
-
-/// Smallest |x − mean|² over the classes that have items.
-pub(super) fn nearest(x: &[f32], means: &[f32], counts: &[f32]) -> f32 {
-    let means = means.chunks_exact(x.len()).zip(counts);
-    means
-        .filter(|(_, count)| **count > 0.0)
-        .map(|(mean, _)| square_distance(x, mean))
-        .fold(f32::INFINITY, f32::min)
 }

@@ -1,25 +1,24 @@
 //! Plain vector arithmetic in a fixed order, so that every machine rounds alike.
 
-use crate::params::BLOCK;
-
 /// Scales `embedding` to Euclidean length 1 into the front of `out` (at least as long); zeros stay
 /// zeros.
 ///
 /// Its length follows contrast and weather rather than what is seen; without it Mahalanobis
 /// distances tell the unknown apart better (Müller & Hein 2025, 2505.18032).
 pub fn normalise(embedding: &[f32], out: &mut [f32]) {
-    let largest = largest(embedding);
-    let out = &mut out[..embedding.len()];
+    let largest = embedding.iter().fold(0.0f32, |max, z| max.max(z.abs()));
     if largest == 0.0 {
-        out.fill(0.0);
+        out[..embedding.len()].fill(0.0);
         return;
     }
     // By the largest value first, so that no square overflows or vanishes.
+    let mut square = 0.0;
     for (place, &z) in out.iter_mut().zip(embedding) {
         *place = z / largest;
+        square += *place * *place;
     }
-    let scale = 1.0 / libm::sqrtf(sum(out, |z| z * z));
-    for place in out {
+    let scale = 1.0 / libm::sqrtf(square);
+    for place in &mut out[..embedding.len()] {
         *place *= scale;
     }
 }
@@ -33,28 +32,8 @@ pub(super) fn saturate(value: f32) -> f32 {
     }
 }
 
-// Eight running results let the compiler use vector registers; the order of operations stays fixed.
+// Eight running sums let the compiler use vector registers; the order of additions stays fixed.
 const LANES: usize = 8;
-
-/// Largest |value|; NaN counts as nothing.
-pub(crate) fn largest(values: &[f32]) -> f32 {
-    let larger = |max: f32, z: f32| if z.abs() > max { z.abs() } else { max };
-    let mut most = [0.0f32; LANES];
-    let chunks = values.chunks_exact(LANES);
-    let tail = chunks.remainder().iter().copied().fold(0.0, larger);
-    for chunk in chunks {
-        for (max, &z) in most.iter_mut().zip(chunk) {
-            *max = larger(*max, z);
-        }
-    }
-    most.into_iter().fold(tail, larger)
-}
-
-/// Σ term(value).
-#[inline(always)]
-pub(crate) fn sum(values: &[f32], term: impl Fn(f32) -> f32) -> f32 {
-    sum_of(values, values, |x, _| term(x))
-}
 
 pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
     sum_of(a, b, |x, y| x * y)
@@ -62,20 +41,6 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
 
 pub(super) fn square_distance(a: &[f32], b: &[f32]) -> f32 {
     sum_of(a, b, |x, y| (x - y) * (x - y))
-}
-
-/// Products of `x` with rows that are stored in blocks ([`BLOCK`]), a block at a time.
-#[inline(always)]
-pub(super) fn times_blocks(x: &[f32], blocks: &[f32], mut each: impl FnMut([f32; BLOCK])) {
-    for block in blocks.chunks_exact(BLOCK * x.len()) {
-        let mut sums = [0.0f32; BLOCK];
-        for (column, &x) in block.as_chunks::<BLOCK>().0.iter().zip(x) {
-            for (sum, value) in sums.iter_mut().zip(column) {
-                *sum += x * value;
-            }
-        }
-        each(sums);
-    }
 }
 
 #[inline(always)]

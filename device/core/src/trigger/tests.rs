@@ -181,31 +181,6 @@ fn what_a_lane_does_not_use_flows_to_the_others() {
     assert_eq!(trigger.spent(Lane::Novel), 0);
 }
 
-/// Nothing is asked for and nothing flickers: what these lanes would earn goes to the novel lane,
-/// not in equal parts to all that want it.
-#[test]
-fn an_idle_lane_lends_to_the_novel_lane_first() {
-    let config = TriggerConfig {
-        shares: [0.2, 0.25, 0.05, 0.4, 0.1],
-        ..TriggerConfig::default()
-    };
-    let mut trigger = Trigger::new(config).unwrap();
-    let mut lot = Lot(6);
-    for _ in 0..40_000 {
-        let scores = scores((lot.bits() % 12) as u16, lot.unit(), lot.unit());
-        trigger.observe(Observation {
-            signature: Some(lot.bits()),
-            ..plain(Some(&scores), lot.draw())
-        });
-    }
-    let budget = 40_000.0 * 3072.0 * 0.04;
-    let part = |lane| trigger.spent(lane) as f64 / budget;
-    let (novel, unsure) = (part(Lane::Novel), part(Lane::Unsure));
-    // By shares alone novel would get 0.40 and unsure 0.50.
-    assert!((0.55..0.70).contains(&novel), "{novel}");
-    assert!((0.20..0.32).contains(&unsure), "{unsure}");
-}
-
 #[test]
 fn the_best_frames_of_a_lane_are_taken() {
     let (_, flagged) = spend(20_000, TriggerConfig::default(), |_, lot| {
@@ -290,8 +265,7 @@ fn a_flood_does_not_starve_a_rare_class() {
     };
     let (with, without) = (rare(true), rare(false));
     assert!(with > 0.4, "kept {with}");
-    // The novel lane, to which all are alike here, takes some by chance.
-    assert!(without < 0.15, "kept {without} undamped");
+    assert!(without < 0.1, "kept {without} undamped");
 }
 
 #[test]
@@ -323,38 +297,6 @@ fn one_thing_in_view_is_sent_once_or_twice() {
     let found = novel_runs.iter().filter(|&&n| n > 0).count();
     assert!(found >= novel_runs.len() * 9 / 10, "{novel_runs:?}");
     assert!(novel_runs.iter().all(|&n| n <= 5), "{novel_runs:?}");
-}
-
-/// Two things that look alike, one long after the other, are two things.
-#[test]
-fn what_is_out_of_view_is_no_repeat() {
-    // How often the second of two look-alikes is sent, `apart` frames after the first.
-    let sent = |apart: u32| {
-        let mut trigger = Trigger::new(TriggerConfig::default()).unwrap();
-        let mut lot = Lot(9);
-        let (mut came, mut kept) = (0, 0);
-        for round in 0..200u32 {
-            let here = lot.bits();
-            for frame in 0..120 {
-                let second = frame == apart;
-                let known = frame != 0 && !second;
-                let u = if known { 0.5 * lot.unit() } else { 0.999 };
-                let scores = scores(3, u, 0.4 * lot.unit());
-                let signature = if known { lot.bits() } else { here };
-                let flag = trigger.observe(Observation {
-                    signature: Some(signature),
-                    ..plain(Some(&scores), lot.draw())
-                });
-                if second && round > 5 {
-                    came += 1;
-                    kept += u32::from(flag.is_some_and(|flag| flag.lane == Lane::Novel));
-                }
-            }
-        }
-        f64::from(kept) / f64::from(came)
-    };
-    let (soon, late) = (sent(3), sent(60));
-    assert!(late > 0.8 && soon < late / 2.0, "{soon} {late}");
 }
 
 /// Horvitz–Thompson over the uniform lane: the sum of 1/p over kept frames estimates the number
