@@ -80,7 +80,7 @@ struct Bench<'c> {
     reachable: bool,
     up: bool,
     events: Deque<Link, 4>,
-    replies: Deque<Vec<u8, REPLY>, 8>,
+    replies: Deque<Vec<u8, REPLY>, 4>,
     /// What has arrived of a message of so many bytes.
     message: (Vec<u8, MESSAGE>, usize),
     kept: Kept,
