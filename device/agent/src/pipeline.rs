@@ -631,7 +631,6 @@ impl Pipeline {
                             self.shared.metrics.swaps.add(1);
                         }
                         self.flicker.reset();
-                        self.trigger.model_changed();
                     }
                 }
                 Action::Discard => {
